@@ -1,0 +1,194 @@
+"""The shape of the configuration, and nothing else: what keys there are, of what type, with what default.
+
+Precedence: environment (`AGENTKEEP_...`, `__` between levels), then systemd credentials of the same
+names, then the file. Unknown keys are refused.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    NestedSecretsSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from daemon.bundle.encryption import parse_recipients
+from daemon.errors import ConfigError
+from daemon.model import StateSource, is_valid_name
+from daemon.schedule import Schedule, parse_schedule
+
+ENVIRONMENT_PREFIX = "AGENTKEEP_"
+_NAME_RULE = "use a-z, 0-9, _ and -, 1 to 64 characters, with a letter or digit at both ends"
+
+
+def _check_name(name: str) -> str:
+    if not is_valid_name(name):
+        raise ValueError(f"not a valid name: {name!r}; {_NAME_RULE}")
+    return name
+
+
+def _expand(path: Path) -> Path:
+    return path.expanduser()
+
+
+Name = Annotated[str, AfterValidator(_check_name)]
+UserPath = Annotated[Path, AfterValidator(_expand)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class StateSettings(_Section):
+    """One state value: `{ file = ... }`, or `{ sqlite = ..., query = ... }`."""
+
+    file: UserPath | None = None
+    sqlite: UserPath | None = None
+    query: str | None = None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> StateSettings:
+        if (self.file is None) == (self.sqlite is None):
+            raise ValueError("a state value has either `file`, or `sqlite` with `query`")
+        if (self.sqlite is None) != (self.query is None):
+            raise ValueError("`sqlite` and `query` go together")
+        return self
+
+    def source(self, name: str, root: Path) -> StateSource:
+        return StateSource(
+            name=name,
+            file=None if self.file is None else root / self.file,
+            sqlite=None if self.sqlite is None else root / self.sqlite,
+            query=self.query,
+        )
+
+
+class AgentSettings(_Section):
+    """One agent: a root with a profile, or sources spelled out. Relative paths are relative to the root."""
+
+    tenant: Name = "default"
+    profile: str | None = None
+    root: UserPath | None = None
+    memdir: UserPath | None = None
+    sqlite: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    state: dict[Name, StateSettings] = Field(default_factory=dict)
+    schedule: str = "every 1h"
+    jitter_seconds: Annotated[int, Field(ge=0)] | None = None
+    destinations: tuple[str, ...] | None = None
+
+    @model_validator(mode="after")
+    def _has_sources(self) -> AgentSettings:
+        if self.root is None and not (self.memdir or self.sqlite or self.files):
+            raise ValueError("an agent needs a `root`, or sources: `memdir`, `sqlite`, `files`")
+        if self.profile is not None and self.root is None:
+            raise ValueError("a `profile` needs a `root`, which its patterns are relative to")
+        if self.root is not None and not self.root.is_absolute():
+            raise ValueError(f"`root` has to be an absolute path, not {str(self.root)!r}")
+        parse_schedule(self.schedule)
+        return self
+
+    @property
+    def profile_name(self) -> str | None:
+        """Sources spelled out need no profile; a bare root gets the generic one."""
+        return self.profile or (None if self.sqlite or self.files or self.root is None else "generic")
+
+    def parsed_schedule(self) -> Schedule:
+        return parse_schedule(self.schedule, jitter_seconds=self.jitter_seconds)
+
+
+class DestinationSettings(_Section):
+    """Where bundles go. `options` is for backends of other packages; the rest is for `s3`."""
+
+    url: str
+    endpoint_url: str | None = None
+    region: str | None = None
+    addressing_style: str | None = None
+    ca_file: UserPath | None = None
+    access_key_id: str | None = None
+    secret_access_key: SecretStr | None = None
+    session_token: SecretStr | None = None
+    profile: str | None = None
+    options: dict[str, str] = Field(default_factory=dict)
+
+    def backend_options(self) -> dict[str, str]:
+        """What was given, as a backend takes it: plain text, so not to be shown."""
+        given: dict[str, Any] = {
+            name: getattr(self, name) for name in type(self).model_fields if name not in ("url", "options")
+        }
+        plain = {
+            name: value.get_secret_value() if isinstance(value, SecretStr) else str(value)
+            for name, value in given.items()
+            if value is not None
+        }
+        return {**plain, **self.options}
+
+
+class EncryptionSettings(_Section):
+    recipients: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _recipients_parse(self) -> EncryptionSettings:
+        try:
+            parse_recipients(self.recipients)
+        except ConfigError as exc:
+            raise ValueError(str(exc)) from exc
+        return self
+
+
+class BundleSettings(_Section):
+    compression_level: Annotated[int, Field(ge=1, le=19)] = 3
+
+
+def _default_state_dir() -> Path:
+    """systemd's StateDirectory=, else the place for root, else the place for a user."""
+    if given := os.environ.get("STATE_DIRECTORY"):
+        return Path(given.split(":")[0])
+    if os.geteuid() == 0:
+        return Path("/var/lib/agentkeep")
+    base = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    return Path(base).expanduser() / "agentkeep"
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(
+        env_prefix=ENVIRONMENT_PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True
+    )
+
+    state_dir: UserPath = Field(default_factory=_default_state_dir)
+    lock_timeout_seconds: Annotated[float, Field(ge=0)] = 0.0
+    upload_interval_seconds: Annotated[float, Field(gt=0)] = 30.0
+    concurrency: Annotated[int, Field(ge=1, le=64)] = 2
+    agents: dict[Name, AgentSettings] = Field(default_factory=dict)
+    destinations: dict[Name, DestinationSettings] = Field(default_factory=dict)
+    encryption: EncryptionSettings = Field(default_factory=EncryptionSettings)
+    bundle: BundleSettings = Field(default_factory=BundleSettings)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003  the signature is pydantic-settings'
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        sources: list[PydanticBaseSettingsSource] = [env_settings]
+        if credentials := os.environ.get("CREDENTIALS_DIRECTORY"):
+            sources.append(
+                NestedSecretsSettingsSource(
+                    file_secret_settings,
+                    secrets_dir=credentials,
+                    secrets_prefix=ENVIRONMENT_PREFIX,
+                    secrets_nested_delimiter="__",
+                    secrets_dir_missing="ok",
+                )
+            )
+        return (*sources, init_settings)

@@ -1,0 +1,105 @@
+"""The cut: everything an agent consists of, as of one instant, and an honest record of how far that holds.
+
+    scan and stage files          slow, ahead, repeated only for what moved
+    ── window opens ──────────    milliseconds
+    read everything *before*      data_version of each database, refs and HEAD, stat signatures
+    pin every database            BEGIN and a read: their state is ours from here
+    read everything *after*
+    ── window closes ─────────
+    copy what is pinned, let go
+
+Every before-reading precedes every after-reading. So if all are equal, nothing moved between the last
+of the former and the first of the latter, and that instant is the cut. If something moved, or changed so
+shortly before its reading that a second change could hide in the same clock tick, everything is let go
+and tried again, a few times; then the last attempt is kept as `per_source` and says what moved.
+
+Crash model: nothing here outlives the process but files in the caller's scratch directory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from daemon.capture.collect import Capture, CollectOptions, collect
+from daemon.capture.sources import OpenSources, Reading
+from daemon.errors import AgentNotFound
+from daemon.model import AgentSpec, Consistency
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CutOptions:
+    attempts: int = 8
+    backoff_seconds: float = 0.02
+    collect: CollectOptions = dataclasses.field(default_factory=CollectOptions)
+
+
+def take_cut(spec: AgentSpec, scratch: Path, *, options: CutOptions | None = None) -> Capture:
+    """Capture an agent into `scratch`, an empty private directory.
+
+    Raises AgentNotFound (nothing where the agent should live) and OSError (our own side: scratch is
+    full). Whatever cannot be captured is in the result's `failures`, its raw bytes among the artifacts
+    where they can be read.
+    """
+    if not spec.root.is_dir():
+        raise AgentNotFound(
+            f"agent {spec.agent_id!r} is not there: {spec.root} is no directory",
+            hint="mend `root` in the configuration, or bring the agent back with `agentkeep restore`",
+        )
+    options = options or CutOptions()
+    spec = _with_memdir(spec)
+    staged = scratch / "staged"
+    staged.mkdir()
+    with ExitStack() as stack:
+        sources = OpenSources(spec, staged, stack)
+        reading, consistency = _hold_one_instant(sources, options)
+        created_at_ms = time.time_ns() // 1_000_000
+        capture = Capture(spec=spec, created_at_ms=created_at_ms, consistency=consistency)
+        collect(sources, reading, capture, scratch=scratch, options=options.collect)
+    return capture
+
+
+def _with_memdir(spec: AgentSpec) -> AgentSpec:
+    """`spec` with the first of its candidates that is a git repository now, if it names no memdir."""
+    for candidate in spec.memdir_candidates if spec.memdir is None else ():
+        if (spec.root / candidate / ".git").exists():
+            return dataclasses.replace(spec, memdir=spec.root / candidate)
+    return spec
+
+
+def _hold_one_instant(sources: OpenSources, options: CutOptions) -> tuple[Reading, Consistency]:
+    """Pin all databases at a moment at which nothing moved, or as near to it as the attempts allow."""
+    for attempt in range(1, options.attempts + 1):
+        if attempt > 1:
+            sources.release()
+            _pause(options.backoff_seconds, attempt)
+        reading, window_ms, moved = _attempt(sources)
+        if not moved:
+            break
+    return reading, Consistency(
+        level="per_source" if moved else "point_in_time",
+        window_ms=window_ms,
+        attempts=attempt,
+        moved=tuple(sorted(moved)),
+    )
+
+
+def _attempt(sources: OpenSources) -> tuple[Reading, int, set[str]]:
+    """One try: what was read, the window in milliseconds, and what moved (nothing: this is the cut)."""
+    moved = sources.prepare()
+    opened_ns = time.monotonic_ns()
+    before, unread_before = sources.read()
+    busy = sources.pin()
+    after, unread_after = sources.read()
+    window_ms = -((opened_ns - time.monotonic_ns()) // 1_000_000)  # rounded up
+    moved |= sources.not_as_staged(before) | unread_before | busy | unread_after | before.differences(after)
+    return after, window_ms, moved
+
+
+def _pause(backoff_seconds: float, attempt: int) -> None:
+    # Jitter, so that a writer with a rhythm of its own is not met at the same point each time.
+    longest = backoff_seconds * 2 ** min(attempt - 2, 3)
+    time.sleep(random.uniform(longest / 2, longest))  # noqa: S311

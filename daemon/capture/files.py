@@ -1,0 +1,173 @@
+"""Staging: private copies of plain files, each provably the bytes of one signature.
+
+Copies are made ahead of the cut's window, which is the slow part; `refresh` then brings only what moved
+up to date. A log that only grew has only its new tail copied. Nothing is written outside the scratch
+directory, and no access time is moved.
+
+Must not: open a SQLite database (scan.py says why).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from daemon.capture.scan import Signature, open_quietly
+from daemon.model import Failure
+
+_APPEND_ONLY = (".jsonl", ".ndjson", ".log")
+_JSON_LINES = (".jsonl", ".ndjson")
+_COPY_BYTES = 1 << 20
+_MAX_LINE_BYTES = 16 << 20
+_FICLONE = 0x40049409  # linux/fs.h; not in fcntl
+_OUR_SIDE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE)
+_TICK_NS = 12_000_000
+_COARSE_TICK_NS = 2_100_000_000
+
+
+@dataclass(slots=True)
+class StagedFile:
+    copy: Path
+    signature: Signature
+    staged_at_ns: int
+
+
+class Staging:
+    """The staged copies of one agent, by path relative to its root (or absolute, outside of it)."""
+
+    def __init__(self, root: Path, directory: Path) -> None:
+        self._root = root
+        self._directory = directory
+        self._serial = 0
+        self.files: dict[str, StagedFile] = {}
+        self.failures: dict[str, Failure] = {}
+
+    def refresh(self, wanted: dict[str, Signature]) -> None:
+        """Make the copies those of `wanted`: new and changed files copied, vanished ones dropped.
+
+        A file that changes while it is copied is left for the next reading to find. Raises OSError only
+        for what goes wrong on our own side (no space in scratch); what cannot be read is in `failures`.
+        """
+        for path in [path for path in self.files if path not in wanted]:
+            self.files.pop(path).copy.unlink()
+        for path, signature in wanted.items():
+            if self._is_current(path, signature):
+                continue
+            self.failures.pop(path, None)
+            source = self._root / path
+            try:
+                with open_quietly(source) as descriptor:
+                    self._stage(path, descriptor)
+            except FileNotFoundError:
+                continue  # the next reading finds it gone
+            except OSError as exc:
+                if exc.errno in _OUR_SIDE:
+                    raise
+                self.failures[path] = Failure(
+                    source=str(source),
+                    reason=f"cannot be read: {exc.strerror}",
+                    hint="run agentkeep as the user who owns the agent's files, or exclude this one",
+                )
+
+    def _is_current(self, path: str, signature: Signature) -> bool:
+        staged = self.files.get(path)
+        return (
+            staged is not None
+            and staged.signature == signature
+            and not is_fresh(path, signature, read_at_ns=staged.staged_at_ns)
+        )
+
+    def _stage(self, path: str, source: int) -> None:
+        started_ns = time.time_ns()
+        before = Signature.of(os.fstat(source))
+        staged = self.files.get(path)
+        if staged is not None and _only_grew(path, staged.signature, before):
+            target, offset = staged.copy, staged.signature.size_bytes
+        else:
+            self._serial += 1
+            target, offset = self._directory / f"{self._serial:08d}", 0
+        with target.open("r+b" if offset else "wb") as stream:
+            _copy(source, stream.fileno(), offset=offset, end=before.size_bytes)
+        if staged is not None and staged.copy != target:
+            staged.copy.unlink()
+        self.files[path] = StagedFile(target, before, started_ns)
+
+
+def is_append_only(path: str) -> bool:
+    return path.endswith(_APPEND_ONLY)
+
+
+def is_fresh(path: str, signature: Signature, *, read_at_ns: int) -> bool:
+    """Whether the file changed so shortly before it was read that another change could hide in the same
+    tick of the file system's clock (git calls such an entry "racily clean"). An append shows in the size.
+    """
+    if is_append_only(path):
+        return False
+    whole_seconds = signature.mtime_ns % 1_000_000_000 == 0 and signature.ctime_ns % 1_000_000_000 == 0
+    tick_ns = _COARSE_TICK_NS if whole_seconds else _TICK_NS
+    changed_ns = max(signature.mtime_ns, signature.ctime_ns)
+    # A time far in the future is a wrong clock or a planted mtime: ctime alone decides then.
+    if signature.mtime_ns > read_at_ns + _COARSE_TICK_NS:
+        changed_ns = signature.ctime_ns
+    return changed_ns > read_at_ns - tick_ns
+
+
+def _only_grew(path: str, staged: Signature, now: Signature) -> bool:
+    return (
+        is_append_only(path) and staged.identity == now.identity and 0 < staged.size_bytes <= now.size_bytes
+    )
+
+
+def _copy(source: int, target: int, *, offset: int, end: int) -> None:
+    """Copy bytes [offset, end): by reflink where the file system can, else by reading."""
+    if offset == 0 and end:
+        with contextlib.suppress(OSError):  # not supported here: the ordinary way follows
+            fcntl.ioctl(target, _FICLONE, source)
+            os.ftruncate(target, end)
+            return
+    os.lseek(target, offset, os.SEEK_SET)
+    while offset < end:
+        chunk = os.pread(source, min(_COPY_BYTES, end - offset), offset)
+        if not chunk:
+            break  # truncated under us: the next reading finds it changed
+        _write_all(target, chunk)
+        offset += len(chunk)
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def whole_lines_bytes(path: str, copy: Path) -> int:
+    """How many bytes of a staged log are whole lines: JSON Lines are cut at the last newline unless what
+    follows it is a whole JSON value; every other file is taken as it is."""
+    size_bytes = copy.stat().st_size
+    if not path.endswith(_JSON_LINES) or size_bytes == 0:
+        return size_bytes
+    with copy.open("rb") as stream:
+        tail_start = max(0, size_bytes - _MAX_LINE_BYTES)
+        stream.seek(tail_start)
+        tail = stream.read()
+    last_newline = tail.rfind(b"\n")
+    if last_newline < 0 and tail_start > 0:
+        return size_bytes  # one line of 16 MiB and more: not a log of lines
+    rest = tail[last_newline + 1 :]
+    if not rest or _is_json(rest):
+        return size_bytes
+    return tail_start + last_newline + 1
+
+
+def _is_json(data: bytes) -> bool:
+    try:
+        json.loads(data)
+    except (ValueError, RecursionError):
+        return False
+    return True

@@ -1,0 +1,50 @@
+"""State values: small JSON documents (extract cursor, dream_run row) read as part of the cut."""
+
+from __future__ import annotations
+
+import base64
+import json
+import sqlite3
+from typing import Any
+
+MAX_STATE_BYTES = 4 << 20
+MAX_STATE_ROWS = 1000
+
+
+class StateUnreadable(Exception):
+    """The value is not what it should be: the message says why."""
+
+
+def check_json(data: bytes) -> bytes:
+    """The bytes of a state file, exactly, if they are one JSON value. Raises StateUnreadable."""
+    if len(data) > MAX_STATE_BYTES:
+        raise StateUnreadable(f"larger than the {MAX_STATE_BYTES >> 20} MiB that a state value may have")
+    try:
+        json.loads(data)
+    except (ValueError, RecursionError) as exc:
+        raise StateUnreadable(f"not valid JSON: {exc}") from exc
+    return data
+
+
+def query_rows(connection: sqlite3.Connection, query: str, *, agent_id: str) -> bytes:
+    """The rows of `query` as a JSON list of objects, column to value; blobs as {"base64": ...}.
+
+    `:agent` is bound to the agent's id. The connection is read-only and pinned to the cut.
+    Raises StateUnreadable.
+    """
+    try:
+        cursor = connection.execute(query, {"agent": agent_id})
+        rows = cursor.fetchmany(MAX_STATE_ROWS + 1)
+    except sqlite3.Error as exc:
+        raise StateUnreadable(f"the query failed: {exc}") from exc
+    if cursor.description is None:
+        raise StateUnreadable("the query returns no columns; it has to be a SELECT")
+    if len(rows) > MAX_STATE_ROWS:
+        raise StateUnreadable(f"the query returns more than {MAX_STATE_ROWS} rows")
+    names = [column[0] for column in cursor.description]
+    objects = [dict(zip(names, map(_as_json, row), strict=True)) for row in rows]
+    return check_json(json.dumps(objects, ensure_ascii=False, indent=1).encode() + b"\n")
+
+
+def _as_json(value: Any) -> Any:
+    return {"base64": base64.b64encode(value).decode()} if isinstance(value, bytes) else value

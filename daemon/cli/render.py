@@ -1,0 +1,211 @@
+"""What commands show: human text on a terminal, one JSON document with --json. Computes nothing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+from rich.text import Text
+
+from daemon.errors import AgentkeepError
+from daemon.model import Manifest, SnapshotRecord, snapshot_time
+
+if TYPE_CHECKING:
+    from daemon.check import Finding
+    from daemon.restore import RestoreReport
+
+_MARKS = {"ok": "[green]ok[/]", "failed": "[red]failed[/]", "not checked": "[yellow]not checked[/]"}
+
+
+def stdout() -> Console:
+    return Console(highlight=False, soft_wrap=True)
+
+
+def stderr() -> Console:
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def print_json(document: object) -> None:
+    json.dump(document, sys.stdout, indent=2, ensure_ascii=True)
+    sys.stdout.write("\n")
+
+
+def print_error(error: AgentkeepError, *, as_json: bool) -> None:
+    """What happened and why on one line, what to do on the next."""
+    if as_json:
+        print_json(
+            {
+                "error": {
+                    "kind": type(error).__name__,
+                    "exit_code": int(error.exit_code),
+                    "message": str(error),
+                    "hint": error.hint,
+                }
+            }
+        )
+    console = stderr()
+    console.print(Text("error: ", style="bold red") + Text(str(error)))
+    if error.hint:
+        console.print(Text("  fix: ", style="bold") + Text(error.hint))
+
+
+def human_bytes(size_bytes: int) -> str:
+    size = float(size_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def snapshot_document(record: SnapshotRecord) -> dict[str, Any]:
+    return {
+        "snapshot_id": record.snapshot_id,
+        "agent_id": record.key.agent_id,
+        "tenant": record.key.tenant,
+        "created_at_ms": record.created_at_ms,
+        "label": record.label,
+        "complete": record.complete,
+        "consistency": record.consistency.model_dump(mode="json"),
+        "failures": [failure.model_dump(mode="json") for failure in record.failures],
+        "encrypted": record.key.encrypted,
+        "size_bytes": record.size_bytes,
+        "content_bytes": record.content_bytes,
+        "sha256": record.sha256,
+        "key": str(record.key),
+        "uploads": {name: upload.state.value for name, upload in record.uploads.items()},
+        "upload_errors": {
+            name: upload.last_error for name, upload in record.uploads.items() if upload.last_error
+        },
+    }
+
+
+def snapshots_table(records: list[SnapshotRecord]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("snapshot", "agent", "taken (UTC)", "state", "consistency"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("bundle", justify="right", no_wrap=True)
+    table.add_column("uploads")
+    for record in records:
+        table.add_row(
+            record.snapshot_id,
+            _agent_name(record.key.tenant, record.key.agent_id),
+            f"{record.created_at:%Y-%m-%d %H:%M:%S}",
+            "complete" if record.complete else "[red]incomplete[/]",
+            record.consistency.level,
+            human_bytes(record.size_bytes),
+            ", ".join(f"{name}: {upload.state.value}" for name, upload in record.uploads.items()) or "-",
+        )
+    return table
+
+
+def _agent_name(tenant: str, agent_id: str) -> str:
+    return agent_id if tenant == "default" else f"{tenant}/{agent_id}"
+
+
+def print_snapshot(record: SnapshotRecord) -> None:
+    """The outcome of a snapshot, failures first in what catches the eye."""
+    console = stdout()
+    state = "[green]complete[/]" if record.complete else "[bold red]incomplete[/]"
+    console.print(f"snapshot [bold]{record.snapshot_id}[/] of agent {record.key.agent_id}: {state}")
+    window = f"{record.consistency.level}, window {record.consistency.window_ms} ms"
+    console.print(f"  consistency  {window}, attempt {record.consistency.attempts}")
+    if record.consistency.moved:
+        console.print(Text(f"  moved        {', '.join(record.consistency.moved[:5])}"))
+    sizes = f"{human_bytes(record.content_bytes)} in a bundle of {human_bytes(record.size_bytes)}"
+    console.print(f"  content      {sizes}{', encrypted' if record.key.encrypted else ''}")
+    console.print(f"  key          {record.key}")
+    for name, upload in record.uploads.items():
+        console.print(Text(f"  upload       {name}: {upload.state.value} {upload.last_error or ''}".rstrip()))
+    for failure in record.failures:
+        console.print(Text("  not captured ", style="red") + Text(f"{failure.source}: {failure.reason}"))
+        if failure.hint:
+            console.print(Text(f"           fix {failure.hint}"))
+        if failure.kept_as:
+            console.print(Text(f"          kept {', '.join(failure.kept_as[:3])} (raw bytes)"))
+
+
+def print_manifest(manifest: Manifest) -> None:
+    console = stdout()
+    console.print(f"snapshot [bold]{manifest.snapshot_id}[/]")
+    rows = [
+        ("agent", _agent_name(manifest.tenant, manifest.agent_id)),
+        ("label", manifest.label or "-"),
+        ("complete", "yes" if manifest.complete else "NO"),
+        ("consistency", f"{manifest.consistency.level}, window {manifest.consistency.window_ms} ms"),
+        ("encrypted", "yes" if manifest.encryption else "no"),
+        ("git", f"{len(manifest.git.refs)} refs, HEAD {manifest.git.head_oid}" if manifest.git else "-"),
+        ("made by", f"agentkeep {manifest.tool_versions.get('agentkeep', '?')} ({manifest.created_by})"),
+        ("seal", manifest.seal),
+    ]
+    for name, value in rows:
+        console.print(Text(f"  {name:<13}{value}"))
+    for failure in manifest.failures:
+        console.print(Text("  not captured ", style="red") + Text(f"{failure.source}: {failure.reason}"))
+    for excluded in manifest.excluded:
+        console.print(Text(f"  left out     {excluded.count} x {excluded.pattern} ({excluded.reason})"))
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("artifact")
+    table.add_column("kind")
+    table.add_column("size", justify="right")
+    table.add_column("sha256")
+    for artifact in manifest.artifacts:
+        table.add_row(
+            Text(artifact.path_in_bundle),
+            artifact.kind.value,
+            human_bytes(artifact.size_bytes),
+            artifact.sha256[:16],
+        )
+    console.print(table)
+
+
+def print_levels(levels: list[tuple[str, str, str]]) -> None:
+    console = stdout()
+    for name, status, detail in levels:
+        console.print(Text.from_markup(f"  {name:<11}{_MARKS[status]}  ") + Text(detail))
+
+
+def print_restored(report: RestoreReport) -> None:
+    console = stdout()
+    manifest = report.manifest
+    size = human_bytes(report.content_bytes)
+    console.print(
+        f"restored {manifest.snapshot_id} of agent {manifest.agent_id} to {report.target}", markup=False
+    )
+    console.print(f"  {report.artifacts} artifacts, {size}, every one verified", markup=False)
+    console.print(f"  taken at {snapshot_time(manifest.snapshot_id):%Y-%m-%d %H:%M:%S} UTC", markup=False)
+    console.print(f"  consistency {manifest.consistency.level}", markup=False)
+    if not manifest.complete:
+        console.print("  [bold red]the snapshot is incomplete[/], these were not captured:")
+    for failure in manifest.failures:
+        console.print(f"    {failure.source}: {failure.reason}", markup=False)
+    for name in report.not_put_back:
+        console.print(f"  has no place of its own and was not put back: {name}", markup=False)
+
+
+def print_findings(findings: list[Finding]) -> None:
+    console = stdout()
+    marks = {"ok": "[green]ok      [/]", "warning": "[yellow]warning [/]", "failure": "[red]failure [/]"}
+    for finding in findings:
+        console.print(Text.from_markup(marks[finding.level]) + Text(f"{finding.subject}: {finding.message}"))
+        if finding.hint:
+            console.print(Text(f"    fix: {finding.hint}"))
+
+
+@contextmanager
+def progress_bar(what: str, total_bytes: Callable[[], int]) -> Iterator[Callable[[int], None] | None]:
+    """A bar on stderr, on a terminal only; what it gives is told the bytes so far."""
+    console = stderr()
+    if not console.is_terminal:
+        yield None
+        return
+    columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(what, *columns, console=console, transient=True) as progress:
+        task = progress.add_task(what, total=total_bytes())
+        yield lambda done_bytes: progress.update(task, completed=done_bytes)

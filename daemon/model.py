@@ -1,0 +1,427 @@
+"""The nouns: ids, what an agent consists of, header, manifest. Frozen data, no I/O.
+
+Everything here that is read back from a bundle is hostile until validated: pydantic checks types and
+bounds, the bundle's reader checks digests and the seal.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import re
+import secrets
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+BUNDLE_FORMAT = "agentkeep-bundle"
+FORMAT_VERSION = 1
+HEADER_NAME = "agentkeep.json"
+MANIFEST_NAME = "manifest.json"
+PLAIN_SUFFIX = ".tar.zst"
+ENCRYPTED_SUFFIX = ".tar.zst.age"
+SIBLING_SUFFIX = ".sha256"
+
+_NAME = re.compile(r"[a-z0-9](?:[a-z0-9_-]{0,62}[a-z0-9])?\Z")
+_UUID7 = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}\Z")
+_KEY = re.compile(
+    r"tenants/(?P<tenant>[^/]+)/snapshots/(?P<agent>[^/]+)/(?P<id>[^/]+?)(?P<suffix>\.tar\.zst(?:\.age)?)\Z"
+)
+
+
+# --- ids and keys ---------------------------------------------------------------------------------
+
+
+def is_valid_name(name: str) -> bool:
+    """Whether `name` may be an agent id or a tenant: `[a-z0-9_-]`, 1..64, no punctuation at its ends."""
+    return bool(_NAME.match(name))
+
+
+def is_snapshot_id(text: str) -> bool:
+    return bool(_UUID7.match(text))
+
+
+def new_snapshot_id(*, at_ms: int | None = None) -> str:
+    """A UUIDv7 (RFC 9562, section 5.7): its text sorts by the millisecond it was made in."""
+    ms = time.time_ns() // 1_000_000 if at_ms is None else at_ms
+    value = (ms & (1 << 48) - 1) << 80 | 7 << 76 | secrets.randbits(12) << 64 | 2 << 62 | secrets.randbits(62)
+    text = f"{value:032x}"
+    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+
+
+def snapshot_time(snapshot_id: str) -> datetime:
+    """The instant in a snapshot id, aware UTC."""
+    return datetime.fromtimestamp(int(snapshot_id.replace("-", "")[:12], 16) / 1000, UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class BundleKey:
+    """A bundle's place, the same under `state_dir` and under a destination's prefix."""
+
+    tenant: str
+    agent_id: str
+    snapshot_id: str
+    encrypted: bool
+
+    def __str__(self) -> str:
+        return agent_prefix(self.tenant, self.agent_id) + self.file_name
+
+    @property
+    def file_name(self) -> str:
+        return self.snapshot_id + (ENCRYPTED_SUFFIX if self.encrypted else PLAIN_SUFFIX)
+
+    @property
+    def sibling(self) -> str:
+        return str(self) + SIBLING_SUFFIX
+
+    @classmethod
+    def parse(cls, text: str) -> Self | None:
+        """The key in `text`, or None if it is not exactly one."""
+        match = _KEY.match(text)
+        if match is None:
+            return None
+        tenant, agent, snapshot_id = match["tenant"], match["agent"], match["id"]
+        if not (is_valid_name(tenant) and is_valid_name(agent) and is_snapshot_id(snapshot_id)):
+            return None
+        return cls(tenant, agent, snapshot_id, match["suffix"] == ENCRYPTED_SUFFIX)
+
+
+def agent_prefix(tenant: str, agent_id: str) -> str:
+    return f"tenants/{tenant}/snapshots/{agent_id}/"
+
+
+# --- what is captured -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class StateSource:
+    """A small value captured as JSON: a file that holds JSON, or the rows of a query (`:agent` is bound)."""
+
+    name: str
+    file: Path | None = None
+    sqlite: Path | None = None
+    query: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AgentSpec:
+    """What one agent consists of. Patterns are globs relative to `root`, `**` crossing directories.
+
+    include: what is looked at; a SQLite database among it is recognised by its header
+    sqlite: patterns that must match, and match databases only: their absence is a failure, not silence
+    required: plain paths relative to `root` that must be there
+    exclude, secrets: what is left out, and why it is (secrets are counted apart)
+    memdir: the git work tree (or plain directory) that goes to `memory_files/`; None: the first of
+        `memdir_candidates` (relative) that is a repository when the snapshot is taken, if any
+    """
+
+    tenant: str
+    agent_id: str
+    root: Path
+    include: tuple[str, ...]
+    memdir: Path | None = None
+    sqlite: tuple[str, ...] = ()
+    required: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    secrets: tuple[str, ...] = ()
+    states: tuple[StateSource, ...] = ()
+    memdir_candidates: tuple[str, ...] = ()
+
+    def relative(self, path: Path) -> str:
+        """`path` relative to the root, as text with `/`. Raises ValueError outside the root."""
+        return str(PurePosixPath(path.relative_to(self.root)))
+
+
+def mtime_text(mtime_ns: int) -> str:
+    """`1732370400.000000001`, the inverse of `mtime_ns_of`."""
+    seconds, nanoseconds = divmod(mtime_ns, 1_000_000_000)
+    return f"{seconds}.{nanoseconds:09d}"
+
+
+def mtime_ns_of(text: str) -> int:
+    seconds, _, nanoseconds = text.partition(".")
+    return int(seconds) * 1_000_000_000 + int(nanoseconds)
+
+
+def has_wildcard(pattern: str) -> bool:
+    return any(char in pattern for char in "*?[")
+
+
+def fixed_head(pattern: str) -> str:
+    """The directory that a glob's first wildcard (or its last part) lies in; "." is where it starts."""
+    parts = pattern.split("/")
+    fixed = 0
+    while fixed < len(parts) - 1 and not has_wildcard(parts[fixed]):
+        fixed += 1
+    return "/".join(parts[:fixed]) or ("/" if pattern.startswith("/") else ".")
+
+
+# --- names inside a bundle ------------------------------------------------------------------------
+
+
+def needs_escape(raw: bytes) -> bool:
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError:
+        return True
+    return any(ord(char) < 0x20 or char in "\x7f\\" for char in text)
+
+
+def to_member_name(path: str) -> str:
+    r"""A file's relative path (as `os.fsdecode` gives it) as a name that every tool can hold.
+
+    Clean UTF-8 stays as it is. A path with control characters, a backslash or bytes that are not UTF-8
+    has each such byte written as `\xHH`. Injective, since a backslash itself is always written so.
+    """
+    raw = os.fsencode(path)
+    if not needs_escape(raw):
+        return path
+    parts: list[str] = []
+    for char in path:
+        code = ord(char)
+        if 0xDC80 <= code <= 0xDCFF:  # how fsdecode carries a byte that is not UTF-8
+            parts.append(f"\\x{code - 0xDC00:02x}")
+        elif code < 0x20 or char in "\x7f\\":
+            parts.append(f"\\x{code:02x}")
+        else:
+            parts.append(char)
+    return "".join(parts)
+
+
+_ESCAPE = re.compile(r"\\x([0-9a-f]{2})")
+
+
+def from_member_name(name: str) -> str:
+    """The inverse of `to_member_name`. Raises ValueError if `name` is not one that it would write."""
+    path = _ESCAPE.sub(
+        lambda match: chr(code + 0xDC00 if (code := int(match[1], 16)) >= 0x80 else code), name
+    )
+    if to_member_name(path) != name:
+        raise ValueError(f"not a canonical member name: {name!r}")
+    return path
+
+
+def is_safe_member_name(name: str) -> bool:
+    """Whether a name from outside may become a path: relative, canonical, no `.`, `..` or empty parts."""
+    try:
+        path = from_member_name(name)
+    except ValueError:
+        return False
+    parts = path.split("/")
+    return "\0" not in path and not any(part in ("", ".", "..") for part in parts) and len(name) <= 8192
+
+
+def encode_bytes(path: str) -> str:
+    """A symlink's target (any bytes) as text for JSON."""
+    return base64.b64encode(os.fsencode(path)).decode()
+
+
+# --- header and manifest --------------------------------------------------------------------------
+
+
+def _check_member_name(name: str) -> str:
+    if not is_safe_member_name(name):
+        raise ValueError("not a safe member name")
+    return name
+
+
+def _check_name(name: str) -> str:
+    if not is_valid_name(name):
+        raise ValueError("not a valid agent id or tenant")
+    return name
+
+
+def _check_snapshot_id(text: str) -> str:
+    if not is_snapshot_id(text):
+        raise ValueError("not a UUIDv7")
+    return text
+
+
+MemberName = Annotated[str, AfterValidator(_check_member_name)]
+Name = Annotated[str, AfterValidator(_check_name)]
+SnapshotId = Annotated[str, AfterValidator(_check_snapshot_id)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0, le=(1 << 53) - 1)]  # what any JSON reader holds exactly
+Mode = Annotated[int, Field(ge=0, le=0o7777)]
+
+
+class ArtifactKind(StrEnum):
+    GIT_BUNDLE = "git_bundle"
+    GIT_INDEX = "git_pack_index"
+    MEMORY_FILE = "memory_file"
+    SQLITE = "sqlite"
+    FILE = "file"
+    STATE = "state"
+    OPAQUE = "opaque"
+    """Raw bytes of something that could not be captured properly: kept, never trusted."""
+
+
+class _Record(BaseModel):
+    # Unknown fields of a later minor revision are kept out of our way; the seal still covers them.
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+
+class Ceilings(_Record):
+    """What a reader may have to hold: known before the first byte is unpacked, never exceeded."""
+
+    members: Count
+    total_bytes: Count
+
+
+class Header(_Record):
+    """`agentkeep.json`, the first member."""
+
+    format: Literal["agentkeep-bundle"] = "agentkeep-bundle"
+    version: Count = FORMAT_VERSION
+    snapshot_id: SnapshotId
+    tenant: Name
+    agent_id: Name
+    ceilings: Ceilings
+
+
+class Artifact(_Record):
+    path_in_bundle: MemberName
+    kind: ArtifactKind = Field(strict=False)
+    size_bytes: Count
+    sha256: Sha256
+    mode: Mode = 0o600
+    mtime: Annotated[str, Field(pattern=r"^-?[0-9]{1,12}\.[0-9]{9}$")] | None = None
+    """Seconds since 1970, as text: nine decimals do not fit a JSON number."""
+
+
+class Symlink(_Record):
+    path: MemberName
+    target_b64: str
+
+
+class Directory(_Record):
+    path: MemberName
+    mode: Mode
+
+
+class Excluded(_Record):
+    """Files left out on purpose: why, by which pattern, how many."""
+
+    reason: str
+    pattern: str
+    count: Count
+
+
+class Failure(_Record):
+    """A source that could not be captured as it should have been. Any of these: `complete` is false."""
+
+    source: str
+    reason: str
+    hint: str = ""
+    kept_as: tuple[MemberName, ...] = Field(default=(), strict=False)
+
+
+class Consistency(_Record):
+    """How far "one instant" holds.
+
+    level: `point_in_time`: there was an instant at which every source was as captured; `per_source`: each
+        source is consistent in itself, `moved` names those that changed while others were read
+    window_ms: from the first reading to the last of the attempt that was kept
+    """
+
+    level: Literal["point_in_time", "per_source"]
+    window_ms: Count
+    attempts: Count
+    moved: tuple[str, ...] = Field(default=(), strict=False)
+
+
+class GitFacts(_Record):
+    """The repository's refs at the cut. `head` is a ref's name, or None when HEAD is detached."""
+
+    head: str | None
+    head_oid: str | None
+    refs: dict[str, str]
+
+
+class Encryption(_Record):
+    scheme: Literal["age"] = "age"
+    recipients: Count
+
+
+class Manifest(_Record):
+    """`manifest.json`, the last member. `seal` is checked over the JSON as it was written."""
+
+    manifest_version: Count = FORMAT_VERSION
+    snapshot_id: SnapshotId
+    agent_id: Name
+    tenant: Name
+    label: str | None = None
+    created_at_ms: Count
+    created_by: str
+    complete: bool
+    consistency: Consistency
+    schema_versions: dict[str, int] = Field(default_factory=dict)
+    memdir: str | None = None
+    """Where the memdir lay relative to the agent's root; "." is the root itself."""
+    git: GitFacts | None = None
+    artifacts: tuple[Artifact, ...] = Field(strict=False)
+    directories: tuple[Directory, ...] = Field(default=(), strict=False)
+    symlinks: tuple[Symlink, ...] = Field(default=(), strict=False)
+    states: dict[str, str | None] = Field(default_factory=dict)
+    excluded: tuple[Excluded, ...] = Field(default=(), strict=False)
+    failures: tuple[Failure, ...] = Field(default=(), strict=False)
+    redactions: None = None
+    encryption: Encryption | None = None
+    tool_versions: dict[str, str] = Field(default_factory=dict)
+    seal: str
+
+    @model_validator(mode="after")
+    def _failures_are_incomplete(self) -> Self:
+        if self.complete and self.failures:
+            raise ValueError("a manifest that names failures cannot be complete")
+        if self.memdir not in (None, ".") and not is_safe_member_name(self.memdir or ""):
+            raise ValueError("memdir is not a safe relative path")
+        return self
+
+
+# --- the catalog's view ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotRecord:
+    """One snapshot as the catalog knows it. `uploads` maps a destination to its `UploadState`."""
+
+    key: BundleKey
+    created_at_ms: int
+    label: str | None
+    complete: bool
+    consistency: Consistency
+    size_bytes: int
+    sha256: str
+    content_bytes: int
+    failures: tuple[Failure, ...] = ()
+    uploads: dict[str, Upload] = field(default_factory=dict)
+
+    @property
+    def snapshot_id(self) -> str:
+        return self.key.snapshot_id
+
+    @property
+    def created_at(self) -> datetime:
+        return datetime.fromtimestamp(self.created_at_ms / 1000, UTC)
+
+
+class UploadState(StrEnum):
+    PENDING = "pending"
+    CONFIRMED = "confirmed"
+    FAILED = "failed"
+    """The last try failed in a way that trying again will not mend by itself; it is still retried, rarely."""
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    state: UploadState
+    attempts: int = 0
+    last_error: str | None = None
+    updated_at_ms: int = 0
+    resume_token: str | None = None

@@ -1,0 +1,275 @@
+"""Putting an unpacked bundle together as a tree, and that tree into place with one rename.
+
+Two layouts: for a look or another host, DIR with `memdir/`, `sqlite/`, `files/`, `state/`; for an agent
+of the configuration, its root as it was. Work is done in a scratch directory beside the target, on the
+same file system; a crash leaves the target untouched and the scratch to be thrown away by the next try.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from daemon import durable
+from daemon.errors import LocalWriteError, MalformedBundle, RefusedError
+from daemon.locate import Bundle
+from daemon.model import AgentSpec, ArtifactKind, Header, Manifest, from_member_name, mtime_ns_of
+from daemon.restore.git import rebuild_repository
+from daemon.restore.unpack import Progress, member_path, unpack
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreReport:
+    """What a restore brought back, and what of the bundle is not where an agent would look for it.
+
+    not_put_back: state values and raw bytes that have no place of their own in the target
+    """
+
+    manifest: Manifest
+    target: Path
+    artifacts: int
+    content_bytes: int
+    not_put_back: tuple[str, ...] = ()
+
+
+class Layout(Protocol):
+    """Where the parts of a bundle go below the target. None: nowhere, and reported."""
+
+    def place(self, room: str, path: str) -> str | None: ...
+    def memdir(self) -> str | None: ...
+
+
+class DirectoryLayout:
+    """`--to DIR`: every room a directory, the work tree and its repository together in `memdir/`."""
+
+    def place(self, room: str, path: str) -> str | None:
+        return f"{'memdir' if room == 'memory_files' else room}/{path}"
+
+    def memdir(self) -> str | None:
+        return "memdir"
+
+
+class AgentLayout:
+    """`--agent`: everything relative to the agent's root, as it was captured."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._memdir = manifest.memdir
+        self._states = manifest.states
+
+    def place(self, room: str, path: str) -> str | None:
+        if room == "memory_files":
+            return path if self._memdir in (".", None) else f"{self._memdir}/{path}"
+        if room == "state":
+            home = self._states.get(path.removesuffix(".json"))
+            return home if home is not None and _is_inside(home) else None
+        return path if room in ("sqlite", "files") else None
+
+    def memdir(self) -> str | None:
+        return self._memdir
+
+
+def restore_to_directory(
+    bundle: Bundle, target: Path, *, identities: Sequence[Any] = (), progress: Progress | None = None
+) -> RestoreReport:
+    """Bring a snapshot back into `target`, which must be empty or not be there.
+
+    Raises IntegrityError's classes, RefusedError, LocalWriteError, and what a destination raises; the
+    target is then as it was.
+    """
+    target = target.absolute()
+    with _prepared(target) as scratch:
+        manifest = unpack(bundle, scratch / "parts", identities=identities, progress=progress)
+        not_put_back = _assemble(manifest, scratch / "parts", scratch / "tree", DirectoryLayout())
+        _put_in_place(scratch / "tree", target)
+    return _report(manifest, target, not_put_back)
+
+
+def restore_agent(
+    bundle: Bundle, spec: AgentSpec, *, identities: Sequence[Any] = (), progress: Progress | None = None
+) -> RestoreReport:
+    """Bring an agent back to where it lived; its root must be empty or not be there.
+
+    Raises as `restore_to_directory`, and RefusedError for a bundle of another agent or tenant, before
+    anything is unpacked.
+    """
+
+    def check_header(header: Header) -> None:
+        if (header.tenant, header.agent_id) != (spec.tenant, spec.agent_id):
+            raise RefusedError(
+                f"the bundle is of agent {header.agent_id!r}, tenant {header.tenant!r}, and not of"
+                f" {spec.agent_id!r}, tenant {spec.tenant!r}",
+                hint="name a snapshot of this agent, or look at the other one's with --to DIR",
+            )
+
+    with _prepared(spec.root) as scratch:
+        manifest = unpack(
+            bundle, scratch / "parts", identities=identities, check_header=check_header, progress=progress
+        )
+        not_put_back = _assemble(manifest, scratch / "parts", scratch / "tree", AgentLayout(manifest))
+        _put_in_place(scratch / "tree", spec.root)
+    return _report(manifest, spec.root, not_put_back)
+
+
+@contextmanager
+def _prepared(target: Path) -> Iterator[Path]:
+    """Scratch beside the target, for one restore at a time. Raises RefusedError, BusyError."""
+    _refuse_occupied(target)
+    with durable.translating_os_errors("make the directory", target.parent):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    what = f"a restore to {target}"
+    with durable.scratch_directory(target.parent, f"restore-{target.name}", what=what) as scratch:
+        (scratch / "parts").mkdir(mode=0o700)
+        (scratch / "tree").mkdir(mode=0o700)
+        yield scratch
+
+
+def _refuse_occupied(target: Path) -> None:
+    if not os.path.lexists(target):
+        return
+    if os.path.ismount(target):
+        raise RefusedError(
+            f"{target} is a mount point, which cannot be put in place as one step",
+            hint="restore to a new directory inside it",
+        )
+    if target.is_symlink() or not target.is_dir():
+        raise RefusedError(f"{target} exists and is no directory", hint="choose another directory")
+    if any(target.iterdir()):
+        raise RefusedError(
+            f"{target} is not empty, and nothing live is overwritten",
+            hint="move it away first (mv), or restore to a new directory with --to DIR",
+        )
+
+
+def _assemble(manifest: Manifest, parts: Path, tree: Path, layout: Layout) -> tuple[str, ...]:
+    """Move unpacked artifacts to their places in `tree`; the names of those that have none."""
+    not_put_back = [
+        artifact.path_in_bundle
+        for artifact in manifest.artifacts
+        if not _move(artifact.path_in_bundle, artifact.kind, parts, tree, layout)
+    ]
+    with durable.translating_os_errors("put together", tree):
+        _make_directories(manifest, tree, layout)
+        _rebuild_git(manifest, parts, tree, layout)
+        _make_symlinks(manifest, tree, layout)
+        _set_attributes(manifest, tree, layout)
+    return tuple(not_put_back)
+
+
+def _move(name: str, kind: ArtifactKind, parts: Path, tree: Path, layout: Layout) -> bool:
+    """Whether the artifact has a place. The repository's parts are dealt with apart."""
+    if kind in (ArtifactKind.GIT_BUNDLE, ArtifactKind.GIT_INDEX):
+        return True
+    source = member_path(name)
+    place = layout.place(*str(source).split("/", 1))
+    if place is None:
+        return False
+    target = tree / place
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if os.path.lexists(target):
+            raise FileExistsError
+    except (FileExistsError, NotADirectoryError) as exc:
+        raise MalformedBundle(f"two artifacts want one place: {place[:200]!r}") from exc
+    (parts / source).rename(target)
+    return True
+
+
+def _make_directories(manifest: Manifest, tree: Path, layout: Layout) -> None:
+    for directory in manifest.directories:
+        place = _place_of(directory.path, layout)
+        if place is not None:
+            (tree / place).mkdir(parents=True, exist_ok=True, mode=0o700)
+
+
+def _rebuild_git(manifest: Manifest, parts: Path, tree: Path, layout: Layout) -> None:
+    place = layout.memdir()
+    if place is not None and (manifest.git is not None or manifest.memdir is not None):
+        (tree / place).mkdir(parents=True, exist_ok=True, mode=0o700)
+    if manifest.git is None or place is None:
+        return
+    kinds = {artifact.kind: parts / member_path(artifact.path_in_bundle) for artifact in manifest.artifacts}
+    rebuild_repository(
+        tree / place,
+        manifest.git,
+        bundle=kinds.get(ArtifactKind.GIT_BUNDLE),
+        index=kinds.get(ArtifactKind.GIT_INDEX),
+    )
+
+
+def _make_symlinks(manifest: Manifest, tree: Path, layout: Layout) -> None:
+    """Last, so that nothing is ever written through one. Only relative ones that stay inside are made."""
+    for symlink in manifest.symlinks:
+        place = _place_of(symlink.path, layout)
+        target = os.fsdecode(base64.b64decode(symlink.target_b64))
+        if place is None or not stays_inside(place, target):
+            continue
+        link = tree / place
+        link.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if os.path.lexists(link):
+            raise MalformedBundle(f"a symlink wants the place of something else: {place[:200]!r}")
+        link.symlink_to(target)
+
+
+def _set_attributes(manifest: Manifest, tree: Path, layout: Layout) -> None:
+    """Modes and mtimes as recorded; directories last, deepest first, since a mode may close them."""
+    for artifact in manifest.artifacts:
+        place = _place_of(artifact.path_in_bundle, layout)
+        if place is None or artifact.kind in (ArtifactKind.GIT_BUNDLE, ArtifactKind.GIT_INDEX):
+            continue
+        path = tree / place
+        # Never set-uid or set-gid: a memory has no need of it, an attacker has.
+        path.chmod(artifact.mode & 0o777 if artifact.kind != ArtifactKind.OPAQUE else 0o600)
+        if artifact.mtime is not None:
+            mtime_ns = mtime_ns_of(artifact.mtime)
+            os.utime(path, ns=(mtime_ns, mtime_ns))
+    for directory in sorted(manifest.directories, key=lambda item: item.path.count("/"), reverse=True):
+        place = _place_of(directory.path, layout)
+        if place is not None:
+            (tree / place).chmod(directory.mode & 0o777 | stat.S_IRWXU)
+
+
+def _place_of(member: str, layout: Layout) -> str | None:
+    room, _, inner = member.partition("/")
+    return layout.place(room, from_member_name(inner))
+
+
+def stays_inside(place: str, target: str) -> bool:
+    """Whether a symlink at `place` (relative to the tree) with this target stays within the tree."""
+    if target.startswith("/") or not target:
+        return False
+    resolved = os.path.normpath(os.path.join(os.path.dirname(place), target))  # noqa: PTH118, PTH120
+    return resolved != ".." and not resolved.startswith("../")
+
+
+def _is_inside(path: str) -> bool:
+    return not path.startswith("/") and ".." not in path.split("/")
+
+
+def _put_in_place(tree: Path, target: Path) -> None:
+    with durable.translating_os_errors("put the restored tree at", target):
+        if target.is_dir():
+            tree.chmod(stat.S_IMODE(target.stat().st_mode))
+        durable.sync_file_system(tree)
+        try:
+            durable.rename_into_place(tree, target)
+        except OSError as exc:
+            raise LocalWriteError(
+                f"{target} was filled while the restore was under way: {exc.strerror}",
+                hint="nothing of it was touched; restore to another directory",
+            ) from exc
+
+
+def _report(manifest: Manifest, target: Path, not_put_back: tuple[str, ...]) -> RestoreReport:
+    return RestoreReport(
+        manifest=manifest,
+        target=target,
+        artifacts=len(manifest.artifacts),
+        content_bytes=sum(artifact.size_bytes for artifact in manifest.artifacts),
+        not_put_back=not_put_back,
+    )

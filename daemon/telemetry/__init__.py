@@ -1,0 +1,1 @@
+"""What operators hear of the daemon. So far: structured logs."""
