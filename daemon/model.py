@@ -343,6 +343,14 @@ class GitFacts(_Record):
     refs: dict[str, str]
 
 
+class StateHome(_Record):
+    """Where a state value lives: in a file, or as rows of a database. Relative to the agent's root where
+    it lies below it, else absolute; the latter is for people to read and never written to."""
+
+    kind: Literal["file", "rows"]
+    path: str
+
+
 class Encryption(_Record):
     scheme: Literal["age"] = "age"
     recipients: Count
@@ -367,7 +375,7 @@ class Manifest(_Record):
     artifacts: tuple[Artifact, ...] = Field(strict=False)
     directories: tuple[Directory, ...] = Field(default=(), strict=False)
     symlinks: tuple[Symlink, ...] = Field(default=(), strict=False)
-    states: dict[str, str | None] = Field(default_factory=dict)
+    states: dict[str, StateHome] = Field(default_factory=dict)
     excluded: tuple[Excluded, ...] = Field(default=(), strict=False)
     failures: tuple[Failure, ...] = Field(default=(), strict=False)
     redactions: None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ _INDENT = 4
 class Narrator:
     def __init__(self) -> None:
         console = Console(highlight=False)
-        self._console = Console(highlight=False, width=min(console.width, _WIDTH_LIMIT), soft_wrap=False)
+        self._console = Console(highlight=False, width=min(console.width, _WIDTH_LIMIT))
         self._chapter = 0
         self._began = time.monotonic()
 
@@ -41,20 +42,27 @@ class Narrator:
         self._console.print(Text(f"    {time.monotonic() - began:.1f} s", style="dim"))
 
     def say(self, text: str) -> None:
-        self._console.print(Padding(Text.from_markup(text), (0, 0, 0, _INDENT)))
+        for line in textwrap.wrap(text, self._console.width - _INDENT):
+            self._console.print(Text(" " * _INDENT + line))
 
     def command(self, *words: str) -> None:
         """A command as a user would type it, on lines that can be copied."""
         self._console.print(Text("    $ " + " ".join(words), style="yellow"), soft_wrap=True)
 
     def table(self, *headings: str, rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> None:
-        """`numbers`: the columns to be set flush right."""
-        table = Table(box=None, pad_edge=False, header_style="dim")
+        """`numbers`: the columns to be set flush right. Headings that are all empty are left out."""
+        table = Table(box=None, pad_edge=False, header_style="dim", show_header=any(headings))
         for position, heading in enumerate(headings):
             table.add_column(heading, justify="right" if position in numbers else "left", overflow="fold")
         for row in rows:
             table.add_row(*row)
-        self._console.print(Padding(table, (0, 0, 0, _INDENT)))
+        self._console.print(Padding(table, (0, 0, 0, _INDENT), expand=False))
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Something that moves, where there is a terminal."""
+        with self._console.status(Text(what, style="dim")):
+            yield
 
     def verdict(self, text: str, *, good: bool) -> None:
         self._console.print()

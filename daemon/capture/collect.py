@@ -25,6 +25,7 @@ from daemon.model import (
     Excluded,
     Failure,
     GitFacts,
+    StateHome,
     StateSource,
     Symlink,
     encode_bytes,
@@ -69,7 +70,7 @@ class Capture:
     memdir: str | None = None
     git: GitFacts | None = None
     schema_versions: dict[str, int] = field(default_factory=dict)
-    states: dict[str, str | None] = field(default_factory=dict)
+    states: dict[str, StateHome] = field(default_factory=dict)
     excluded: tuple[Excluded, ...] = ()
     failures: list[Failure] = field(default_factory=list)
 
@@ -230,13 +231,15 @@ class _Collector:
 
     def _collect_state(self, source: StateSource) -> None:
         """A state value, from its staged copy or through the pinned connection."""
-        self._capture.states[source.name] = self._sources.path_of(source.file) if source.file else None
+        home = source.file or source.sqlite
+        assert home is not None
+        path = to_member_name(self._sources.path_of(home))
+        self._capture.states[source.name] = StateHome(kind="file" if source.file else "rows", path=path)
         try:
             data = self._state_bytes(source)
         except state.StateUnreadable as exc:
-            where = source.file or source.sqlite
             failure = Failure(
-                source=f"state {source.name} ({where})",
+                source=f"state {source.name} ({home})",
                 reason=str(exc),
                 hint="mend the value, or its entry under `state` in the configuration",
             )

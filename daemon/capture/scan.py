@@ -121,6 +121,9 @@ class Scanner:
         self._git_directory = spec.relative(spec.memdir / ".git") if spec.memdir else None
         self._memdir = spec.relative(spec.memdir) if spec.memdir else None
         self._state_files = {str(state.file) for state in spec.states if state.file}
+        # Matching patterns is the dear part of a scan, and its outcome for a path never changes.
+        self._file_verdicts: dict[str, bool | tuple[str, str]] = {}
+        self._directory_verdicts: dict[str, tuple[str, str] | None] = {}
         self._known: dict[tuple[int, int, int], bool] = {}
         self.held_open: set[tuple[int, int]] = set()
         """Identities of files that SQLite has open for us: never opened here."""
@@ -171,22 +174,32 @@ class Scanner:
     def _enters(self, path: str, found: Scan) -> bool:
         if path == self._git_directory:
             return False
-        pattern = self._exclude.matching_directory(path)
-        if pattern is not None:
-            found.excluded["excluded by pattern", pattern] += 1
-        return pattern is None
+        if path not in self._directory_verdicts:
+            pattern = self._exclude.matching_directory(path)
+            self._directory_verdicts[path] = None if pattern is None else ("excluded by pattern", pattern)
+        verdict = self._directory_verdicts[path]
+        if verdict is not None:
+            found.excluded[verdict] += 1
+        return verdict is None
 
     def _wanted(self, path: str, found: Scan) -> bool:
+        if path not in self._file_verdicts:
+            self._file_verdicts[path] = self._judge(path)
+        verdict = self._file_verdicts[path]
+        if isinstance(verdict, tuple):
+            found.excluded[verdict] += 1
+        return verdict is True
+
+    def _judge(self, path: str) -> bool | tuple[str, str]:
+        """Whether a file is wanted; if it is left out on purpose, why and by which pattern."""
         if path == self._git_directory or str(self._spec.root / path) in self._state_files:
             return False  # captured as a repository, and as a state value
         if self._include.matching(path) is None and not self._in_memdir(path):
             return False
         if (pattern := self._secrets.matching(path)) is not None:
-            found.excluded["looks like a secret", pattern] += 1
-            return False
+            return "looks like a secret", pattern
         if (pattern := self._exclude.matching(path)) is not None:
-            found.excluded["excluded by pattern", pattern] += 1
-            return False
+            return "excluded by pattern", pattern
         return True
 
     def _in_memdir(self, path: str) -> bool:

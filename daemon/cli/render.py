@@ -23,8 +23,13 @@ if TYPE_CHECKING:
 _MARKS = {"ok": "[green]ok[/]", "failed": "[red]failed[/]", "not checked": "[yellow]not checked[/]"}
 
 
+_PIPE_COLUMNS = 400
+
+
 def stdout() -> Console:
-    return Console(highlight=False, soft_wrap=True)
+    """Wide where nobody has a window to fit: what is piped must not be cut."""
+    width = None if sys.stdout.isatty() else _PIPE_COLUMNS
+    return Console(highlight=False, soft_wrap=True, width=width)
 
 
 def stderr() -> Console:

@@ -19,7 +19,15 @@ from typing import Any, Protocol
 from daemon import durable
 from daemon.errors import LocalWriteError, MalformedBundle, RefusedError
 from daemon.locate import Bundle
-from daemon.model import AgentSpec, ArtifactKind, Header, Manifest, from_member_name, mtime_ns_of
+from daemon.model import (
+    AgentSpec,
+    ArtifactKind,
+    Header,
+    Manifest,
+    from_member_name,
+    is_safe_member_name,
+    mtime_ns_of,
+)
 from daemon.restore.git import rebuild_repository
 from daemon.restore.unpack import Progress, member_path, unpack
 
@@ -42,14 +50,24 @@ class Layout(Protocol):
     """Where the parts of a bundle go below the target. None: nowhere, and reported."""
 
     def place(self, room: str, path: str) -> str | None: ...
+    def place_directory(self, room: str, path: str) -> str | None: ...
     def memdir(self) -> str | None: ...
 
 
 class DirectoryLayout:
     """`--to DIR`: every room a directory, the work tree and its repository together in `memdir/`."""
 
+    def __init__(self, manifest: Manifest) -> None:
+        homes = [artifact.path_in_bundle for artifact in manifest.artifacts]
+        homes += [f"state/{home.path}" for home in manifest.states.values()]
+        self._used = {home.partition("/")[2].rpartition("/")[0] for home in homes}
+
     def place(self, room: str, path: str) -> str | None:
         return f"{'memdir' if room == 'memory_files' else room}/{path}"
+
+    def place_directory(self, room: str, path: str) -> str | None:
+        """Nowhere, if what was in it is in another room: an empty twin in `files/` would only puzzle."""
+        return None if room == "files" and path in self._used else self.place(room, path)
 
     def memdir(self) -> str | None:
         return "memdir"
@@ -60,15 +78,21 @@ class AgentLayout:
 
     def __init__(self, manifest: Manifest) -> None:
         self._memdir = manifest.memdir
-        self._states = manifest.states
+        self._state_files = {
+            name: from_member_name(home.path)
+            for name, home in manifest.states.items()
+            if home.kind == "file" and is_safe_member_name(home.path)
+        }
 
     def place(self, room: str, path: str) -> str | None:
         if room == "memory_files":
             return path if self._memdir in (".", None) else f"{self._memdir}/{path}"
         if room == "state":
-            home = self._states.get(path.removesuffix(".json"))
-            return home if home is not None and _is_inside(home) else None
+            return self._state_files.get(path.removesuffix(".json"))
         return path if room in ("sqlite", "files") else None
+
+    def place_directory(self, room: str, path: str) -> str | None:
+        return self.place(room, path)
 
     def memdir(self) -> str | None:
         return self._memdir
@@ -85,7 +109,7 @@ def restore_to_directory(
     target = target.absolute()
     with _prepared(target) as scratch:
         manifest = unpack(bundle, scratch / "parts", identities=identities, progress=progress)
-        not_put_back = _assemble(manifest, scratch / "parts", scratch / "tree", DirectoryLayout())
+        not_put_back = _assemble(manifest, scratch / "parts", scratch / "tree", DirectoryLayout(manifest))
         _put_in_place(scratch / "tree", target)
     return _report(manifest, target, not_put_back)
 
@@ -111,9 +135,16 @@ def restore_agent(
         manifest = unpack(
             bundle, scratch / "parts", identities=identities, check_header=check_header, progress=progress
         )
-        not_put_back = _assemble(manifest, scratch / "parts", scratch / "tree", AgentLayout(manifest))
+        left = _assemble(manifest, scratch / "parts", scratch / "tree", AgentLayout(manifest))
         _put_in_place(scratch / "tree", spec.root)
-    return _report(manifest, spec.root, not_put_back)
+    return _report(manifest, spec.root, tuple(name for name in left if not _is_within(name, manifest)))
+
+
+def _is_within(name: str, manifest: Manifest) -> bool:
+    """Whether a state value came back as rows of a database that was itself put back."""
+    home = manifest.states.get(name.removeprefix("state/").removesuffix(".json"))
+    databases = {artifact.path_in_bundle for artifact in manifest.artifacts}
+    return home is not None and home.kind == "rows" and f"sqlite/{home.path}" in databases
 
 
 @contextmanager
@@ -182,7 +213,7 @@ def _move(name: str, kind: ArtifactKind, parts: Path, tree: Path, layout: Layout
 
 def _make_directories(manifest: Manifest, tree: Path, layout: Layout) -> None:
     for directory in manifest.directories:
-        place = _place_of(directory.path, layout)
+        place = _place_of_directory(directory.path, layout)
         if place is not None:
             (tree / place).mkdir(parents=True, exist_ok=True, mode=0o700)
 
@@ -229,7 +260,7 @@ def _set_attributes(manifest: Manifest, tree: Path, layout: Layout) -> None:
             mtime_ns = mtime_ns_of(artifact.mtime)
             os.utime(path, ns=(mtime_ns, mtime_ns))
     for directory in sorted(manifest.directories, key=lambda item: item.path.count("/"), reverse=True):
-        place = _place_of(directory.path, layout)
+        place = _place_of_directory(directory.path, layout)
         if place is not None:
             (tree / place).chmod(directory.mode & 0o777 | stat.S_IRWXU)
 
@@ -239,16 +270,17 @@ def _place_of(member: str, layout: Layout) -> str | None:
     return layout.place(room, from_member_name(inner))
 
 
+def _place_of_directory(member: str, layout: Layout) -> str | None:
+    room, _, inner = member.partition("/")
+    return layout.place_directory(room, from_member_name(inner))
+
+
 def stays_inside(place: str, target: str) -> bool:
     """Whether a symlink at `place` (relative to the tree) with this target stays within the tree."""
     if target.startswith("/") or not target:
         return False
     resolved = os.path.normpath(os.path.join(os.path.dirname(place), target))  # noqa: PTH118, PTH120
     return resolved != ".." and not resolved.startswith("../")
-
-
-def _is_inside(path: str) -> bool:
-    return not path.startswith("/") and ".." not in path.split("/")
 
 
 def _put_in_place(tree: Path, target: Path) -> None:

@@ -13,14 +13,15 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
 BUCKET = "crooked"
-_MODIFIED_HTTP = "Mon, 23 Nov 2026 12:00:00 GMT"
-_MODIFIED_ISO = "2026-11-23T12:00:00.000Z"
+_STARTED = datetime.now(UTC)  # nothing here is older, or looks younger
 
 
 @dataclass
@@ -91,6 +92,8 @@ class _Refusal(Exception):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    wbufsize = 1 << 16
 
     @property
     def s3(self) -> CrookedS3:
@@ -118,7 +121,7 @@ class _Handler(BaseHTTPRequestHandler):
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
 
-    do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = _handle
+    do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = _handle  # noqa: N815
 
     def _answer_for(self, query: dict[str, str], key: str) -> Callable[[str, dict[str, str], bytes], None]:
         kind = "bucket" if not key else "upload" if "uploadId" in query else "object"
@@ -167,7 +170,7 @@ class _Handler(BaseHTTPRequestHandler):
         if key not in self.s3.objects:
             raise _Refusal(404, "NoSuchKey")
         data = self.s3.objects[key]
-        headers = {"ETag": f'"{self.s3.etag(data)}"', "Last-Modified": _MODIFIED_HTTP}
+        headers = {"ETag": f'"{self.s3.etag(data)}"', "Last-Modified": format_datetime(_STARTED, usegmt=True)}
         wanted = self.headers.get("Range")
         if not wanted or self.s3.behaviour.ignores_ranges:
             self._send(200, data, **headers)
@@ -262,7 +265,7 @@ class _Handler(BaseHTTPRequestHandler):
 def _entry(key: str, data: bytes) -> str:
     return (
         f"<Contents><Key>{escape(key)}</Key><Size>{len(data)}</Size>"
-        f"<LastModified>{_MODIFIED_ISO}</LastModified></Contents>"
+        f"<LastModified>{_STARTED:%Y-%m-%dT%H:%M:%S.000Z}</LastModified></Contents>"
     )
 
 
