@@ -155,7 +155,7 @@ def _measured(step: str, host: Host, arguments: Sequence[str]) -> Figures:
 
 
 def _sample_agent(*arguments: str) -> None:
-    """In a process of its own: memory used here would count as that of every command measured later."""
+    """In a process of its own, so that this one stays small beside what it measures."""
     command = [sys.executable, "-m", "tests.harness.sample_agent", *arguments]
     subprocess.run(command, cwd=_REPOSITORY, check=True)
 

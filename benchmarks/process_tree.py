@@ -1,8 +1,10 @@
 """Runs one command and measures it: wall time, CPU time, and the peak memory of its process tree.
 
 Two figures for memory, because each misses something. PSS, sampled over the whole tree, divides shared
-pages among those who share them, but a peak between two samples is not seen. `ru_maxrss`, kept by the
-kernel, misses nothing, but is that of the largest single process, and counts shared pages in full.
+pages among those who share them, but a peak between two samples is not seen. The high-water mark of RSS
+is kept by the kernel and misses nothing up to the last sample, but it is that of the largest single
+process, and counts shared pages in full. It is read from /proc (`VmHWM`) because `ru_maxrss` of a child
+starts at what its parent used when it was forked.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ class Measurement:
 
 
 def measure(command: Sequence[str], *, cwd: Path, environment: Mapping[str, str]) -> Measurement:
-    """Run `command` to its end. The caller's own memory must be small: a child's `ru_maxrss` begins there."""
+    """Run `command` to its end, whatever its exit code."""
     began = monotonic()
     process = subprocess.Popen(
         command,
@@ -66,8 +68,8 @@ def measure(command: Sequence[str], *, cwd: Path, environment: Mapping[str, str]
     return Measurement(
         wall_seconds=wall_seconds,
         cpu_seconds=usage.ru_utime + usage.ru_stime,
-        peak_pss_bytes=sampler.peak_bytes,
-        peak_rss_bytes=usage.ru_maxrss * 1024,
+        peak_pss_bytes=sampler.peak_pss_bytes,
+        peak_rss_bytes=sampler.peak_rss_bytes,
         samples=sampler.samples,
         exit_code=process.returncode,
         stdout=stdout,
@@ -80,12 +82,15 @@ class _Sampler(threading.Thread):
         super().__init__(daemon=True)
         self._pid = pid
         self._stopping = threading.Event()
-        self.peak_bytes = 0
+        self.peak_pss_bytes = 0
+        self.peak_rss_bytes = 0
         self.samples = 0
 
     def run(self) -> None:
         while not self._stopping.is_set():
-            self.peak_bytes = max(self.peak_bytes, sum(map(_pss_bytes, _tree(self._pid))))
+            tree = list(_tree(self._pid))
+            self.peak_pss_bytes = max(self.peak_pss_bytes, sum(map(_pss_bytes, tree)))
+            self.peak_rss_bytes = max(self.peak_rss_bytes, *map(_high_water_bytes, tree))
             self.samples += 1
             self._stopping.wait(_SAMPLE_INTERVAL_SECONDS)
 
@@ -120,8 +125,16 @@ def _tree(pid: int) -> Iterator[int]:
 
 
 def _pss_bytes(pid: int) -> int:
+    return _kilobytes_said(Path(f"/proc/{pid}/smaps_rollup"), "Pss:") * 1024
+
+
+def _high_water_bytes(pid: int) -> int:
+    return _kilobytes_said(Path(f"/proc/{pid}/status"), "VmHWM:") * 1024
+
+
+def _kilobytes_said(path: Path, field: str) -> int:
     with suppress(*_GONE):
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) * 1024
+        for line in path.read_text().splitlines():
+            if line.startswith(field):
+                return int(line.split()[1])
     return 0

@@ -50,15 +50,15 @@ def load_profile(name: str) -> Profile:
 
 
 def agent_spec(agent_id: str, settings: AgentSettings) -> AgentSpec:
-    """Raises ConfigError (unknown profile, a path outside the root)."""
+    """Raises ConfigError: unknown profile; a path outside the root, beginning with the key it is about."""
     root = settings.root or _common_root(settings)
     profile_name = settings.profile_name
     profile = load_profile(profile_name) if profile_name else Profile(include=())
     sqlite = _relative(settings.sqlite, root, "sqlite")
     plain = _relative(settings.files, root, "files")
     memdir = root / settings.memdir if settings.memdir else None
-    if memdir is not None and not memdir.is_relative_to(root):
-        raise ConfigError(f"memdir {memdir} lies outside the agent's root {root}")
+    if memdir is not None and (not memdir.is_relative_to(root) or ".." in memdir.relative_to(root).parts):
+        raise ConfigError(f"memdir: {memdir} lies outside the agent's root {root}")
     required = [pattern for pattern in (*sqlite, *plain) if not has_wildcard(pattern)]
     if memdir is not None and memdir != root:
         required.append(str(memdir.relative_to(root)))
@@ -79,16 +79,15 @@ def agent_spec(agent_id: str, settings: AgentSettings) -> AgentSpec:
 
 def _common_root(settings: AgentSettings) -> Path:
     """The deepest directory that holds all sources that are spelled out."""
-    heads = [fixed_head(pattern) for pattern in (*settings.sqlite, *settings.files)]
-    if settings.memdir is not None:
-        heads.append(str(settings.memdir))
-    heads = [str(Path(head).expanduser()) for head in heads]
-    relative = next((head for head in heads if not head.startswith("/")), None)
-    if relative is not None:
-        raise ConfigError(
-            f"a relative path, and no `root` that it could be relative to: {relative!r}",
-            hint="write absolute paths, or give the agent a `root`",
-        )
+    heads = []
+    for key, pattern in settings.spelled_out:
+        head = Path(pattern if key == "memdir" else fixed_head(pattern)).expanduser()
+        if not head.is_absolute():
+            raise ConfigError(
+                f"{key}: {pattern!r} is relative, and there is no `root` that it could be relative to",
+                hint="write absolute paths, or give the agent a `root`",
+            )
+        heads.append(head)
     return Path(os.path.commonpath(heads))
 
 

@@ -5,27 +5,30 @@ Every complaint names the file, the line, the value and the nearest right one. N
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+from urllib.parse import unquote, urlsplit
 
 from pydantic import BaseModel, ValidationError
 from pydantic_settings import SettingsError
 
 from config.agents import agent_spec
-from config.settings import ENVIRONMENT_PREFIX, Settings
+from config.settings import ENVIRONMENT_PREFIX, AgentSettings, Settings
 from daemon.errors import AgentNotFound, ConfigError, UsageError
-from daemon.model import AgentSpec, fixed_head
+from daemon.model import AgentSpec, fixed_head, has_wildcard
 from storage_backends import known_schemes
 
 _OWN_VARIABLES = {"AGENTKEEP_CONFIG"}
-_SECRET_KEYS = {"secret_access_key", "session_token", "access_key_id"}
+_SECRET_KEYS = {"secret_access_key", "session_token", "access_key_id", "options"}
 _Location = tuple[int | str, ...]
+_Patterns = list[tuple[Path, re.Pattern[str]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +38,7 @@ class Configuration:
     path: Path
     settings: Settings
     agents: Mapping[str, AgentSpec]
-    _text: str
+    _text: str = field(repr=False)  # may hold secrets
 
     def agent(self, agent_id: str | None) -> AgentSpec:
         """The agent of that id, or the only one. Raises AgentNotFound, which lists the known ones."""
@@ -59,12 +62,21 @@ class Configuration:
     def missing_paths(self, agent_id: str) -> list[str]:
         """A complaint for each plain path of the agent that is not there now."""
         spec = self.agents[agent_id]
-        paths = [("root", spec.root), *(("required", spec.root / path) for path in spec.required)]
+        required = [spec.root / path for path in spec.required] if spec.root.is_dir() else []
         return [
-            f"{self._where(('agents', agent_id, key))}no such path: {path}"
-            for key, path in (paths if spec.root.is_dir() else paths[:1])
+            f"{self._where(('agents', agent_id, self._key_of(agent_id, path)))}no such path: {path}"
+            f"{_nearest_path(path)}"
+            for path in (spec.root, *required)
             if not path.exists()
         ]
+
+    def _key_of(self, agent_id: str, path: Path) -> str:
+        """The key of an agent's settings that names `path`."""
+        root = self.agents[agent_id].root
+        for key, pattern in self.settings.agents[agent_id].spelled_out:
+            if root / Path(pattern).expanduser() == path:
+                return key
+        return "root"
 
     def _where(self, location: _Location) -> str:
         return _where(self.path, self._text, location)
@@ -96,6 +108,9 @@ def load(path: Path) -> Configuration:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
         raise ConfigError(f"{path} is not valid TOML: {exc}") from exc
     _check_environment()
+    for key in raw:
+        if key.startswith("_"):  # BaseSettings would take it as an argument of its own
+            raise ConfigError(f"{_where(path, text, (key,))}unknown key {key!r}", hint=_EXAMPLE_HINT)
     try:
         settings = Settings(**raw)
     except ValidationError as exc:
@@ -104,7 +119,8 @@ def load(path: Path) -> Configuration:
         raise ConfigError(f"an {ENVIRONMENT_PREFIX}... variable cannot be used: {exc}") from exc
     _check_destinations(path, text, settings)
     agents = _agents(path, text, settings)
-    _check_overlap(path, text, agents, settings.state_dir.resolve())
+    _check_overlap(path, text, agents)
+    _check_written(path, text, agents, settings)
     return Configuration(path, settings, agents, text)
 
 
@@ -117,7 +133,8 @@ def _agents(path: Path, text: str, settings: Settings) -> dict[str, AgentSpec]:
         try:
             agents[agent_id] = agent_spec(agent_id, agent)
         except ConfigError as exc:
-            key = "profile" if "profile" in str(exc) else "root"
+            source, separator, _ = str(exc).partition(": ")
+            key = source if separator and source in AgentSettings.model_fields else "profile"
             raise ConfigError(f"{_where(path, text, ('agents', agent_id, key))}{exc}", hint=exc.hint) from exc
     return agents
 
@@ -152,32 +169,58 @@ def _check_destinations(path: Path, text: str, settings: Settings) -> None:
                 )
 
 
-def _check_overlap(path: Path, text: str, agents: Mapping[str, AgentSpec], state_dir: Path) -> None:
-    """Nothing belongs to two agents, and what agentkeep writes belongs to none."""
+def _check_overlap(path: Path, text: str, agents: Mapping[str, AgentSpec]) -> None:
+    """Nothing belongs to two agents, as far as names tell; of wildcards that meet in part they do not."""
     owners: dict[Path, str] = {}
+    patterns: dict[Path, _Patterns] = {}  # by the directory of the first wildcard
+
+    def refuse(agent_id: str, place: Path, other: Path) -> NoReturn:
+        raise ConfigError(
+            f"{_where(path, text, ('agents', agent_id))}agents {owners[other]!r} and {agent_id!r} overlap:"
+            f" {other} and {place}",
+            hint="two agents cannot own the same files: mend `root`, or spell their sources out",
+        )
+
     for agent_id, spec in agents.items():
-        where = _where(path, text, ("agents", agent_id))
         for place in _places(spec):
-            other_id = owners.setdefault(place, agent_id)
-            if other_id != agent_id:
-                raise _overlapping(where, agent_id, place, other_id, place)
+            if owners.setdefault(place, agent_id) != agent_id:
+                refuse(agent_id, place, place)
+            if has_wildcard(str(place)):
+                spelled = re.compile(fnmatch.translate(str(place)))
+                patterns.setdefault(Path(fixed_head(str(place))), []).append((place, spelled))
     for place, agent_id in owners.items():
-        where = _where(path, text, ("agents", agent_id))
-        for above in place.parents:
-            if owners.get(above, agent_id) != agent_id:
-                raise _overlapping(where, agent_id, place, owners[above], above)
-        if place == state_dir or place in state_dir.parents or state_dir in place.parents:
-            raise ConfigError(
-                f"{where}agent {agent_id!r} and state_dir overlap: {place} and {state_dir}",
-                hint="give agentkeep a state_dir of its own, outside of every agent",
-            )
+        for other in _claims_on(place, owners, patterns):
+            if owners[other] != agent_id:
+                refuse(agent_id, place, other)
 
 
-def _overlapping(where: str, one_id: str, one: Path, other_id: str, other: Path) -> ConfigError:
-    return ConfigError(
-        f"{where}agents {other_id!r} and {one_id!r} overlap: {other} and {one}",
-        hint="two agents cannot own the same files: mend `root`, or spell their sources out",
-    )
+def _claims_on(place: Path, owners: Mapping[Path, str], patterns: Mapping[Path, _Patterns]) -> Iterable[Path]:
+    """What of that which is claimed lies above a place, or is a pattern that it matches."""
+    for above in place.parents:
+        if above in owners:
+            yield above
+        for pattern, spelled in patterns.get(above, ()):
+            if len(pattern.parts) == len(place.parts) and spelled.match(str(place)):
+                yield pattern
+
+
+def _check_written(path: Path, text: str, agents: Mapping[str, AgentSpec], settings: Settings) -> None:
+    """What agentkeep writes belongs to no agent: each snapshot would hold all those before it."""
+    state_dir = settings.state_dir.resolve()
+    written = {"state_dir": state_dir}
+    for name, destination in settings.destinations.items():
+        if destination.url.startswith("file://"):
+            written[f"destination {name!r}"] = Path(unquote(urlsplit(destination.url).path)).resolve()
+    for agent_id, spec in agents.items():
+        for place in _places(spec):
+            for what, directory in written.items():
+                is_inside = directory == place or place in directory.parents
+                if is_inside or (directory == state_dir and state_dir in place.parents):
+                    raise ConfigError(
+                        f"{_where(path, text, ('agents', agent_id))}agent {agent_id!r} and {what} overlap:"
+                        f" {place} and {directory}",
+                        hint="what agentkeep writes needs a directory of its own, outside of every agent",
+                    )
 
 
 def _places(spec: AgentSpec) -> Iterable[Path]:
@@ -228,6 +271,21 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
+def _nearest_path(path: Path) -> str:
+    """Where a path goes wrong first, the name there that is most like it."""
+    missing = path
+    while not missing.parent.is_dir():
+        missing = missing.parent
+    try:
+        near = get_close_matches(missing.name, [entry.name for entry in missing.parent.iterdir()], n=1)
+    except OSError:  # not for us to look into
+        near = []
+    if not near:
+        return f"; {missing.parent} is there" if missing != path else ""
+    whole = missing.parent / near[0] / path.relative_to(missing)
+    return f"; did you mean {str(whole if whole.exists() else missing.parent / near[0])!r}?"
+
+
 def _where(path: Path, text: str, location: _Location) -> str:
     """`FILE, line N: `, the line being the deepest part of the location that the file spells out."""
     keys = [str(part) for part in location if not isinstance(part, int) and part != "[key]"]
@@ -238,8 +296,10 @@ def _where(path: Path, text: str, location: _Location) -> str:
     return f"{path}, line {line}: " if line else f"{path}: "
 
 
-_HEADER = re.compile(r"\s*\[\[?\s*(.+?)\s*\]\]?\s*(?:#.*)?$")
-_ASSIGNMENT = re.compile(r"\s*([A-Za-z0-9_\"'.-]+)\s*=")
+_PART = r"""(?:"[^"]*"|'[^']*'|[A-Za-z0-9_-]+)"""
+_KEYS = rf"({_PART}(?:\s*\.\s*{_PART})*)"
+_HEADER = re.compile(rf"\s*\[\[?\s*{_KEYS}\s*\]\]?\s*(?:#.*)?$")
+_ASSIGNMENT = re.compile(rf"\s*{_KEYS}\s*=")
 
 
 def _line_of(text: str, keys: list[str]) -> int | None:
@@ -253,11 +313,11 @@ def _line_of(text: str, keys: list[str]) -> int | None:
             spelled = table + _dotted(assignment[1])
         else:
             continue
-        depth = len(spelled)
-        if spelled == keys[:depth] and (best is None or depth > best[0]):
+        depth = min(len(spelled), len(keys))
+        if spelled[:depth] == keys[:depth] and (best is None or depth > best[0]):
             best = (depth, number)
     return best[1] if best else None
 
 
 def _dotted(text: str) -> list[str]:
-    return [part.strip().strip("\"'") for part in text.split(".")]
+    return [part.strip("\"'") for part in re.findall(_PART, text)]

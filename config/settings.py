@@ -7,6 +7,7 @@ names, then the file. Unknown keys are refused.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,20 +30,32 @@ _NAME_RULE = "use a-z, 0-9, _ and -, 1 to 64 characters, with a letter or digit 
 
 def _check_name(name: str) -> str:
     if not is_valid_name(name):
-        raise ValueError(f"not a valid name: {name!r}; {_NAME_RULE}")
+        raise ValueError(f"not a valid name: {name!r}; {_NAME_RULE}{_nearest_name(name)}")
     return name
+
+
+def _nearest_name(name: str) -> str:
+    near = re.sub(r"[^a-z0-9_-]+", "-", name.lower())[:64].strip("_-")
+    return f"; did you mean {near!r}?" if is_valid_name(near) else ""
 
 
 def _expand(path: Path) -> Path:
     return path.expanduser()
 
 
+def _check_absolute(path: Path) -> Path:
+    if not path.is_absolute():
+        raise ValueError(f"it has to be an absolute path, not {str(path)!r}")
+    return path
+
+
 Name = Annotated[str, AfterValidator(_check_name)]
 UserPath = Annotated[Path, AfterValidator(_expand)]
+AbsolutePath = Annotated[UserPath, AfterValidator(_check_absolute)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
 
 class StateSettings(_Section):
@@ -100,6 +113,16 @@ class AgentSettings(_Section):
         """Sources spelled out need no profile; a bare root gets the generic one."""
         return self.profile or (None if self.sqlite or self.files or self.root is None else "generic")
 
+    @property
+    def spelled_out(self) -> list[tuple[str, str]]:
+        """Every source that is spelled out: its key and its path or pattern."""
+        memdir = [] if self.memdir is None else [("memdir", str(self.memdir))]
+        return [
+            *memdir,
+            *(("sqlite", pattern) for pattern in self.sqlite),
+            *(("files", pattern) for pattern in self.files),
+        ]
+
     def parsed_schedule(self) -> Schedule:
         return parse_schedule(self.schedule, jitter_seconds=self.jitter_seconds)
 
@@ -116,7 +139,7 @@ class DestinationSettings(_Section):
     secret_access_key: SecretStr | None = None
     session_token: SecretStr | None = None
     profile: str | None = None
-    options: dict[str, str] = Field(default_factory=dict)
+    options: dict[str, str] = Field(default_factory=dict, repr=False)
 
     def backend_options(self) -> dict[str, str]:
         """What was given, as a backend takes it: plain text, so not to be shown."""
@@ -159,10 +182,14 @@ def _default_state_dir() -> Path:
 
 class Settings(BaseSettings):
     model_config = SettingsConfigDict(
-        env_prefix=ENVIRONMENT_PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True
+        env_prefix=ENVIRONMENT_PREFIX,
+        env_nested_delimiter="__",
+        extra="forbid",
+        frozen=True,
+        hide_input_in_errors=True,
     )
 
-    state_dir: UserPath = Field(default_factory=_default_state_dir)
+    state_dir: AbsolutePath = Field(default_factory=_default_state_dir)
     lock_timeout_seconds: Annotated[float, Field(ge=0)] = 0.0
     upload_interval_seconds: Annotated[float, Field(gt=0)] = 30.0
     concurrency: Annotated[int, Field(ge=1, le=64)] = 2

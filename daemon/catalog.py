@@ -132,6 +132,8 @@ class Catalog:
 
         Raises SnapshotNotFound, UsageError (ambiguous).
         """
+        if not prefix:
+            raise UsageError("an empty name names no snapshot", hint="give an id, or the beginning of one")
         found = self._select("sealed = 1 AND substr(snapshot_id, 1, ?) = ?", (len(prefix), prefix))
         if not found:
             raise SnapshotNotFound(

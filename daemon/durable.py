@@ -47,9 +47,9 @@ def translating_os_errors(doing: str, path: Path) -> Iterator[None]:
 def make_private_directory(path: Path) -> Path:
     """Make `path` and its missing parents with mode 0700, durably. Idempotent. Raises LocalWriteError."""
     missing = [path]
-    while not missing[-1].parent.exists():
-        missing.append(missing[-1].parent)
     with translating_os_errors("make the directory", path):
+        while not missing[-1].parent.exists():
+            missing.append(missing[-1].parent)
         for directory in reversed(missing):
             if not directory.is_dir():
                 directory.mkdir(mode=0o700, exist_ok=True)

@@ -62,9 +62,10 @@ class Bundle(ABC):
     def is_encrypted(self) -> bool: ...
 
     def expected_sha256(self) -> str:
-        """The digest that the sibling names. Raises SiblingMissing, SiblingMismatch."""
+        """The digest that the sibling names. Raises SiblingMissing, SiblingMismatch, SnapshotNotFound."""
         data = self.sibling_data()
         if data is None:
+            self.size_bytes()  # a bundle that is not there at all is another error
             raise SiblingMissing(
                 f"{self.name} has no {SIBLING_SUFFIX} sibling, so its bytes cannot be checked",
                 hint="fetch the sibling too, or take another copy of the bundle",
@@ -191,9 +192,9 @@ def located(
 
 @contextmanager
 def _at_url(url: str, options: Mapping[str, str]) -> Iterator[Bundle]:
-    base, marker, rest = url.partition("/tenants/")
-    key = BundleKey.parse("tenants/" + rest) if marker else None
-    if key is None:
+    base, *segments = url.rsplit("/", 5)  # from the end: a destination's prefix may hold a "tenants" too
+    key = BundleKey.parse("/".join(segments))
+    if key is None or "://" not in base:
         raise UsageError(
             "the URL does not end in a bundle's key",
             hint="a bundle's URL: s3://BUCKET/PREFIX/tenants/TENANT/snapshots/AGENT/ID.tar.zst",

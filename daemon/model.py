@@ -193,6 +193,8 @@ def to_member_name(path: str) -> str:
     return "".join(parts)
 
 
+MAX_MEMBER_NAME_CHARS = 5 * 4096
+"""The longest path that Linux knows, each of its bytes escaped, has room."""
 _ESCAPE = re.compile(r"\\x([0-9a-f]{2})")
 
 
@@ -201,6 +203,7 @@ def from_member_name(name: str) -> str:
     path = _ESCAPE.sub(
         lambda match: chr(code + 0xDC00 if (code := int(match[1], 16)) >= 0x80 else code), name
     )
+    path = os.fsdecode(os.fsencode(path))  # escaped bytes that make up a character are not canonical
     if to_member_name(path) != name:
         raise ValueError(f"not a canonical member name: {name!r}")
     return path
@@ -212,8 +215,9 @@ def is_safe_member_name(name: str) -> bool:
         path = from_member_name(name)
     except ValueError:
         return False
-    parts = path.split("/")
-    return "\0" not in path and not any(part in ("", ".", "..") for part in parts) and len(name) <= 8192
+    if "\0" in path or len(name) > MAX_MEMBER_NAME_CHARS:
+        return False
+    return not any(part in ("", ".", "..") for part in path.split("/"))
 
 
 def encode_bytes(path: str) -> str:

@@ -11,9 +11,9 @@ import platform
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import zstandard
 
@@ -21,7 +21,6 @@ from daemon import __version__, durable
 from daemon.bundle.encryption import parse_recipients
 from daemon.bundle.sibling import HashingSink, sibling_bytes
 from daemon.bundle.writer import write_bundle
-from daemon.capture import Capture, CutOptions, take_cut
 from daemon.catalog import Catalog
 from daemon.errors import IntegrityError
 from daemon.model import (
@@ -36,6 +35,9 @@ from daemon.model import (
     UploadState,
     new_snapshot_id,
 )
+
+if TYPE_CHECKING:
+    from daemon.capture import Capture, CutOptions
 
 
 class Store:
@@ -87,7 +89,7 @@ class Sealing:
 
     recipients: tuple[str, ...] = ()
     compression_level: int = 3
-    cut: CutOptions = field(default_factory=CutOptions)
+    cut: CutOptions | None = None
 
 
 def take_snapshot(
@@ -104,6 +106,8 @@ def take_snapshot(
     An incomplete one is sealed too and says so. Raises AgentNotFound, BusyError, ConfigError (recipients),
     LocalWriteError.
     """
+    from daemon.capture import take_cut  # slow to import, and not for those who only look at a store
+
     recipients = parse_recipients(sealing.recipients)  # first of all: no capture that could not be sealed
     with (
         store.locked_agent(spec.tenant, spec.agent_id),

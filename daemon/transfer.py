@@ -174,9 +174,10 @@ def export(bundle: Bundle, target: Path, *, progress: Progress | None = None) ->
 
 
 def _check_same(final: Path, expected: str) -> None:
-    with final.open("rb") as stream:
-        if hashlib.file_digest(stream, "sha256").hexdigest() == expected:
-            return
+    if final.is_file():
+        with durable.translating_os_errors("read", final), final.open("rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() == expected:
+                return
     raise RefusedError(
         f"{final} exists and is something else", hint="choose another name, or move that file away first"
     )

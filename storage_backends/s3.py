@@ -136,7 +136,8 @@ class S3Backend(StorageBackend):
             self._require_bucket()
             raise
         except Forbidden:
-            self._bucket.read_first_byte(key)  # an answer to HEAD has no room for the reason
+            with suppress(RangePastEnd):
+                self._bucket.read_first_byte(key)  # an answer to HEAD has no room for the reason
             raise
         believed = self._put_traits is not None and self._put_traits.verifies_sha256
         sha256 = stored.sha256.hex() if stored.sha256 is not None and believed else None

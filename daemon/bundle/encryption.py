@@ -67,7 +67,7 @@ def new_identity() -> tuple[str, str]:
 
 
 @contextmanager
-def encrypting(sink: Sink, recipients: Sequence[Any]) -> Iterator[BinaryIO]:
+def encrypting(sink: Sink, recipients: Sequence[Any]) -> Iterator[Sink]:
     """A stream whose bytes reach `sink` encrypted; whole once the block is left without an error."""
     if not recipients:
         raise RefusedError("encryption without a recipient would be none", hint="configure recipients")
@@ -83,7 +83,7 @@ def encrypting(sink: Sink, recipients: Sequence[Any]) -> Iterator[BinaryIO]:
     work = _Worker(encrypt, read_end)
     with write_end:
         try:
-            yield write_end
+            yield _WholeWrites(write_end)
         except BrokenPipeError:
             work.join()  # says why nobody reads any more
             raise
@@ -106,8 +106,12 @@ def decrypting(stream: Any, identities: Sequence[Any]) -> Iterator[BinaryIO]:
             raise source.error or target.error or _explain(exc) from exc
 
     work = _Worker(decrypt, write_end)
-    with read_end:
-        yield _CheckedReader(read_end, work)  # type: ignore[misc]
+    try:
+        with read_end:
+            yield _CheckedReader(read_end, work)  # type: ignore[misc]
+    except BaseException:
+        work.wait()  # nobody but the caller reads `stream` once this is left
+        raise
     work.join(ignoring=BrokenPipeError)
 
 
@@ -142,6 +146,9 @@ class _Worker:
             with suppress(OSError):
                 end.close()
 
+    def wait(self) -> None:
+        self._thread.join()
+
     def join(self, *, ignoring: type[BaseException] | None = None) -> None:
         self._thread.join()
         if self._error is not None and not (ignoring and isinstance(self._error, ignoring)):
@@ -152,6 +159,19 @@ class _Worker:
         with suppress(OSError):
             end.close()
         self._thread.join()
+
+
+class _WholeWrites:
+    """Writes all it is given: a write to a bare pipe may end early when a signal arrives."""
+
+    def __init__(self, pipe: BinaryIO) -> None:
+        self._pipe = pipe
+
+    def write(self, data: bytes, /) -> int:
+        view = memoryview(data)
+        while view:
+            view = view[self._pipe.write(view) :]
+        return len(data)
 
 
 class _Remembering:

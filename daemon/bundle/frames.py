@@ -152,7 +152,10 @@ class FrameReader:
         descriptor = frame[4]
         header_bytes = _header_bytes(descriptor)
         frame += self._exactly(header_bytes - len(frame), "a frame header")
-        parameters = zstandard.get_frame_parameters(bytes(frame))
+        try:
+            parameters = zstandard.get_frame_parameters(bytes(frame))
+        except zstandard.ZstdError as exc:
+            raise MalformedBundle(f"a frame header is damaged: {exc}") from exc
         has_size = bool(descriptor >> 6 or descriptor & 0x20)
         if not has_size or not 0 < parameters.content_size <= MAX_FRAME_CONTENT_BYTES:
             raise MalformedBundle("a frame does not say its size, or is larger than a frame may be")

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from daemon.bundle import tar
 from daemon.bundle.encryption import decrypting
 from daemon.bundle.frames import FrameReader, Sink
-from daemon.bundle.seal import parse_json, seal_of
+from daemon.bundle.seal import MAX_MANIFEST_BYTES, parse_json, seal_of
 from daemon.errors import MalformedBundle, UnsupportedVersion
 from daemon.model import (
     BUNDLE_FORMAT,
@@ -31,7 +31,6 @@ from daemon.model import (
 )
 
 _MAX_HEADER_BYTES = 64 << 10
-_MAX_MANIFEST_BYTES = 64 << 20
 _COPY_BYTES = 1 << 20
 
 Receive = Callable[[str, int], Sink | None]
@@ -91,7 +90,7 @@ def _read_members(
         if entry is None:
             raise MalformedBundle("the bundle has no manifest")
         if entry.name == MANIFEST_NAME:
-            raw = _read_document(frames, entry, _MAX_MANIFEST_BYTES)
+            raw = _read_document(frames, entry, MAX_MANIFEST_BYTES)
             break
         left_bytes -= entry.size_bytes
         if len(members) >= header.ceilings.members or left_bytes < 0:
@@ -112,15 +111,17 @@ def _read_header(frames: FrameReader) -> Header:
     raw = parse_json(_read_document(frames, entry, _MAX_HEADER_BYTES), HEADER_NAME)
     if raw.get("format") != BUNDLE_FORMAT:
         raise MalformedBundle(f"{HEADER_NAME} does not say that this is a bundle of agentkeep")
-    _check_version(raw.get("version"))
+    _check_version(raw.get("version"), HEADER_NAME)
     try:
         return Header.model_validate(raw)
     except ValidationError as exc:
         raise MalformedBundle(f"{HEADER_NAME} breaks the format's rules: {_first_problem(exc)}") from exc
 
 
-def _check_version(version: object) -> None:
-    if isinstance(version, int) and version > FORMAT_VERSION:
+def _check_version(version: object, what: str) -> None:
+    if not isinstance(version, int) or version < 1:
+        raise MalformedBundle(f"{what} does not say which version of the format it is of")
+    if version > FORMAT_VERSION:
         raise UnsupportedVersion(
             f"the bundle is of format version {version}; this agentkeep reads up to {FORMAT_VERSION}",
             hint="use a newer agentkeep",
@@ -156,10 +157,10 @@ def _read_member(frames: FrameReader, entry: tar.Entry, sink: Sink | None) -> _M
 
 def _checked_manifest(data: bytes, header: Header, members: dict[str, _Member]) -> Manifest:
     raw = parse_json(data, MANIFEST_NAME)
-    _check_version(raw.get("manifest_version"))
+    _check_version(raw.get("manifest_version"), MANIFEST_NAME)
     try:
         seal = seal_of(raw)
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise MalformedBundle(f"{MANIFEST_NAME} cannot be sealed: {exc}") from exc
     if raw.get("seal") != seal:
         raise MalformedBundle("the manifest's seal is broken: it was changed after it was sealed")

@@ -12,6 +12,8 @@ from typing import Any
 
 from daemon.errors import MalformedBundle
 
+MAX_MANIFEST_BYTES = 64 << 20
+"""What a reader takes into memory, so no more is written."""
 _PREFIX = "sha256:"
 
 
@@ -38,12 +40,13 @@ def _sorted(value: Any) -> Any:
 
 
 def parse_json(data: bytes, what: str) -> dict[str, Any]:
-    """A JSON object from outside: no duplicate keys, no fractions, no depth that hurts.
+    """A JSON object from outside: UTF-8, no duplicate keys, no fractions, no depth that hurts.
 
     Raises MalformedBundle.
     """
     try:
-        value = json.loads(data, object_pairs_hook=_unique, parse_float=_refuse, parse_constant=_refuse)
+        text = data.decode()
+        value = json.loads(text, object_pairs_hook=_unique, parse_float=_refuse, parse_constant=_refuse)
     except (ValueError, RecursionError) as exc:
         raise MalformedBundle(f"{what} is not valid JSON: {exc}") from exc
     if not isinstance(value, dict):

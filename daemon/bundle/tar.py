@@ -81,6 +81,8 @@ def _read_pax(read: Callable[[int], bytes], size_bytes: int) -> dict[str, str]:
     while data:
         length_text, _, _ = data.partition(b" ")
         length = _number(length_text[:8].decode("ascii", "replace"))
+        if length > len(data):
+            raise MalformedBundle("a tar extended header is damaged")
         record, data = data[len(length_text) + 1 : length], data[length:]
         key, equals, value = record[:-1].partition(b"=")
         if record[-1:] != b"\n" or not equals:

@@ -15,8 +15,8 @@ from typing import Any, BinaryIO, Protocol
 from daemon.bundle import tar
 from daemon.bundle.encryption import encrypting
 from daemon.bundle.frames import REGION_BYTES, FrameWriter, Sink
-from daemon.bundle.seal import seal_of
-from daemon.errors import AgentkeepError
+from daemon.bundle.seal import MAX_MANIFEST_BYTES, seal_of
+from daemon.errors import AgentkeepError, RefusedError
 from daemon.model import (
     HEADER_NAME,
     MANIFEST_NAME,
@@ -86,6 +86,11 @@ def _sealed(header: Header, artifacts: tuple[Artifact, ...], facts: dict[str, An
 
 def _add_document(frames: FrameWriter, name: str, document: dict[str, Any], mtime_seconds: int) -> None:
     data = json.dumps(document, ensure_ascii=False, indent=1).encode() + b"\n"
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise RefusedError(
+            f"{name} would have {len(data) >> 20} MiB; no reader takes more than {MAX_MANIFEST_BYTES >> 20}",
+            hint="leave out what need not be kept (`exclude`), or make several agents of it",
+        )
     frames.write(tar.header(name, size_bytes=len(data), mode=0o600, mtime_seconds=mtime_seconds))
     frames.write(data + bytes(tar.padding_bytes(len(data))))
 

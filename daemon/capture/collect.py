@@ -15,7 +15,7 @@ from typing import BinaryIO
 from daemon.capture import state
 from daemon.capture.files import StagedFile, Staging, whole_lines_bytes
 from daemon.capture.git import RepositoryUnreadable
-from daemon.capture.sources import GIT, OpenSources, Reading, signatures
+from daemon.capture.sources import GIT, OpenSources, signatures
 from daemon.capture.sqlite import DatabaseUnreadable, LiveDatabase, PinExpired, check_copy
 from daemon.model import (
     AgentSpec,
@@ -83,29 +83,25 @@ class Capture:
         return sum(artifact.size_bytes for artifact in self.artifacts)
 
 
-def collect(
-    sources: OpenSources, reading: Reading, capture: Capture, *, scratch: Path, options: CollectOptions
-) -> None:
-    """Fill `capture` from sources that are held at `reading`; they are released on the way.
+def collect(sources: OpenSources, capture: Capture, *, scratch: Path, options: CollectOptions) -> None:
+    """Fill `capture` from sources that are held at one instant; they are released on the way.
 
     Raises OSError (our own side: scratch is full).
     """
-    _Collector(sources, reading, capture, scratch, options).run()
+    _Collector(sources, capture, scratch, options).run()
 
 
 class _Collector:
     def __init__(
         self,
         sources: OpenSources,
-        reading: Reading,
         capture: Capture,
         scratch: Path,
         options: CollectOptions,
     ) -> None:
         self._sources = sources
         self._spec = sources.spec
-        self._scan = reading.scan
-        self._reading = reading
+        self._scan = sources.scan
         self._capture = capture
         self._scratch = scratch
         self._options = options
@@ -192,14 +188,15 @@ class _Collector:
     # --- git, files, state ------------------------------------------------------------------------
 
     def _collect_git(self) -> None:
-        if self._sources.repository is None or self._reading.git is None:
+        facts = self._sources.git
+        if self._sources.repository is None or facts is None:
             return
         try:
-            written = self._sources.repository.write_bundle(self._reading.git, self._room("git"))
+            written = self._sources.repository.write_bundle(facts, self._room("git"))
         except RepositoryUnreadable as exc:
             self._sources.fail_repository(exc)
             return
-        self._capture.git = self._reading.git
+        self._capture.git = facts
         if written is not None:
             bundle, index = written
             self._add("git/memory.bundle", ArtifactKind.GIT_BUNDLE, bundle)
@@ -283,7 +280,7 @@ class _Collector:
             **self._scan.failures,
             **self._scan.suspects,
             **self._sources.staging.failures,
-            **self._sources.vanished(self._reading),
+            **self._sources.vanished(),
             **self._sources.failures,
         }
 

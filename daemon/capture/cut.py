@@ -1,17 +1,19 @@
 """The cut: everything an agent consists of, as of one instant, and an honest record of how far that holds.
 
-    scan and stage files          slow, ahead, repeated only for what moved
+    find sources, stage files     slow, ahead, repeated only for what moved
     ── window opens ──────────    milliseconds
-    read everything *before*      data_version of each database, refs and HEAD, stat signatures
+    read everything *before*      data_version of each database, refs and HEAD, signatures of hot files
     pin every database            BEGIN and a read: their state is ours from here
     read everything *after*
     ── window closes ─────────
+    look at all files once more   each has to be as it was staged
     copy what is pinned, let go
 
-Every before-reading precedes every after-reading. So if all are equal, nothing moved between the last
-of the former and the first of the latter, and that instant is the cut. If something moved, or changed so
-shortly before its reading that a second change could hide in the same clock tick, everything is let go
-and tried again, a few times; then the last attempt is kept as `per_source` and says what moved.
+Every before-reading precedes every after-reading (a file that is not hot was first read when it was
+staged, and last after the window). So if all are equal, nothing moved between the last of the former and
+the first of the latter, and that instant is the cut. If something moved, or changed so shortly before its
+reading that a second change could hide in the same clock tick, everything is let go and tried again, a
+few times; then the last attempt is kept as `per_source` and says what moved.
 
 Crash model: nothing here outlives the process but files in the caller's scratch directory.
 """
@@ -25,7 +27,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from daemon.capture.collect import Capture, CollectOptions, collect
-from daemon.capture.sources import OpenSources, Reading
+from daemon.capture.sources import OpenSources
 from daemon.errors import AgentNotFound
 from daemon.model import AgentSpec, Consistency
 
@@ -55,10 +57,10 @@ def take_cut(spec: AgentSpec, scratch: Path, *, options: CutOptions | None = Non
     staged.mkdir()
     with ExitStack() as stack:
         sources = OpenSources(spec, staged, stack)
-        reading, consistency = _hold_one_instant(sources, options)
+        consistency = _hold_one_instant(sources, options)
         created_at_ms = time.time_ns() // 1_000_000
         capture = Capture(spec=spec, created_at_ms=created_at_ms, consistency=consistency)
-        collect(sources, reading, capture, scratch=scratch, options=options.collect)
+        collect(sources, capture, scratch=scratch, options=options.collect)
     return capture
 
 
@@ -70,16 +72,16 @@ def _with_memdir(spec: AgentSpec) -> AgentSpec:
     return spec
 
 
-def _hold_one_instant(sources: OpenSources, options: CutOptions) -> tuple[Reading, Consistency]:
+def _hold_one_instant(sources: OpenSources, options: CutOptions) -> Consistency:
     """Pin all databases at a moment at which nothing moved, or as near to it as the attempts allow."""
     for attempt in range(1, options.attempts + 1):
         if attempt > 1:
             sources.release()
             _pause(options.backoff_seconds, attempt)
-        reading, window_ms, moved = _attempt(sources)
+        window_ms, moved = _attempt(sources)
         if not moved:
             break
-    return reading, Consistency(
+    return Consistency(
         level="per_source" if moved else "point_in_time",
         window_ms=window_ms,
         attempts=attempt,
@@ -87,16 +89,19 @@ def _hold_one_instant(sources: OpenSources, options: CutOptions) -> tuple[Readin
     )
 
 
-def _attempt(sources: OpenSources) -> tuple[Reading, int, set[str]]:
-    """One try: what was read, the window in milliseconds, and what moved (nothing: this is the cut)."""
+def _attempt(sources: OpenSources) -> tuple[int, set[str]]:
+    """One try: the window in milliseconds, and what moved (nothing: this is the cut)."""
     moved = sources.prepare()
+    sources.catch_up()
     opened_ns = time.monotonic_ns()
-    before, unread_before = sources.read()
-    busy = sources.pin()
-    after, unread_after = sources.read()
+    before = sources.read()
+    moved |= sources.pin()
+    after = sources.read()
     window_ms = -((opened_ns - time.monotonic_ns()) // 1_000_000)  # rounded up
-    moved |= sources.not_as_staged(before) | unread_before | busy | unread_after | before.differences(after)
-    return after, window_ms, moved
+    moved |= before.differences(after)
+    moved |= sources.not_as_staged(before)
+    moved |= sources.moved_since_staged()
+    return window_ms, moved
 
 
 def _pause(backoff_seconds: float, attempt: int) -> None:

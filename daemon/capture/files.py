@@ -56,8 +56,12 @@ class Staging:
         """
         for path in [path for path in self.files if path not in wanted]:
             self.files.pop(path).copy.unlink()
+        self.update(wanted)
+
+    def update(self, wanted: dict[str, Signature]) -> None:
+        """As `refresh`, and whatever `wanted` does not name stays as it is."""
         for path, signature in wanted.items():
-            if self._is_current(path, signature):
+            if self.is_current(path, signature):
                 continue
             self.failures.pop(path, None)
             source = self._root / path
@@ -75,7 +79,8 @@ class Staging:
                     hint="run agentkeep as the user who owns the agent's files, or exclude this one",
                 )
 
-    def _is_current(self, path: str, signature: Signature) -> bool:
+    def is_current(self, path: str, signature: Signature) -> bool:
+        """Whether the copy is provably what has this signature."""
         staged = self.files.get(path)
         return (
             staged is not None

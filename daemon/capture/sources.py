@@ -1,49 +1,52 @@
 """An agent's sources, opened for one cut: databases probed and pinned, repository, staged files.
 
-`read` gives the movable facts of all of them at about one moment; comparing two of these readings is how
-the cut is proven. Everything opened here is closed by the caller's ExitStack.
+Two kinds of reading prove that nothing moved. A `Moment` is quick and taken on both sides of the pins:
+databases, refs, and the files that are being written to these days (the hot ones). The many others were
+read when they were staged, and once more after the window (`moved_since_staged`): a longer interval
+proves just as much of a file that nobody touches, and keeps the window at a few milliseconds however
+many files there are.
+
+Everything opened here is closed by the caller's ExitStack.
 """
 
 from __future__ import annotations
 
 import sqlite3
+import time
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from heapq import nlargest
 from pathlib import Path
 
-from daemon.capture.files import Staging, is_fresh
+from daemon.capture.files import Staging
 from daemon.capture.git import LiveRepository, RepositoryUnreadable
 from daemon.capture.scan import Scan, Scanner, Signature
 from daemon.capture.sqlite import DatabaseUnreadable, LiveDatabase
 from daemon.model import AgentSpec, Failure, GitFacts
 
+_HOT_NS = 60_000_000_000
+_MOST_HOT_FILES = 100
+
 GIT = ".git"
 """Under this name the repository's failures and movements are kept, beside paths of files."""
 
 
-@dataclass(slots=True)
-class Reading:
-    """The movable facts of every source at about one moment."""
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """The facts that move: equal ones on both sides of the pins mean that nothing did in between."""
 
     databases: dict[str, tuple[object, ...]]
     git: GitFacts | None
-    scan: Scan
-    state_files: dict[str, Signature]
+    hot_files: dict[str, Signature]
+    unread: frozenset[str]
+    """Databases that could not be read just then: busy, or gone."""
 
-    @property
-    def files(self) -> dict[str, Signature]:
-        return {**self.scan.files, **self.state_files}
-
-    def differences(self, other: Reading) -> set[str]:
-        """Names of the sources that are not the same in both."""
-        moved: set[str] = set()
-        for mine, theirs in (
-            (self.databases, other.databases),
-            (self.files, other.files),
-            (self.scan.symlinks, other.scan.symlinks),
-        ):
-            moved |= {path for path, _ in mine.items() ^ theirs.items()}
-        moved |= self.scan.databases.keys() ^ other.scan.databases.keys()
+    def differences(self, other: Moment) -> set[str]:
+        """Names of the sources that are not provably the same in both."""
+        moved = set(self.unread | other.unread)
+        moved |= {path for path, _ in self.databases.items() ^ other.databases.items()}
+        moved |= {path for path, _ in self.hot_files.items() ^ other.hot_files.items()}
         if self.git != other.git:
             moved.add(GIT)
         return moved
@@ -58,22 +61,34 @@ class OpenSources:
         self.databases: dict[str, LiveDatabase] = {}
         self.failures: dict[str, Failure] = {}
         self._stack = stack
+        self.scan = Scan()
+        """What was found last."""
+        self.git: GitFacts | None = None
+        """The refs as they were read last."""
         self._scanner = Scanner(spec)
         self._seen: set[str] = set()
+        self._hot: set[str] = set()
         self.repository = self._open_repository()
 
     def prepare(self) -> set[str]:
-        """Open what is new and stage what changed; the names of what could not be opened just now."""
-        scan = self._scanner.scan()
-        unready = self._open_databases(scan)
-        self._stage(scan)
-        # Staging took its time: what moved meanwhile is brought up to date, so that the window opens on
-        # little or nothing.
-        self._stage(self._scanner.scan())
+        """Open what is new and stage what changed; the names of databases that could not be opened yet.
+
+        The slow part. Staging takes its time, so what moved meanwhile is brought up to date, and what was
+        written to lately is looked at again within the window.
+        """
+        self.scan = self._scanner.scan()
+        unready = self._open_databases(self.scan)
+        self._stage()
+        self.scan = self._scanner.scan()
+        self._stage()
+        self._hot = self._written_lately()
         return unready
 
-    def read(self) -> tuple[Reading, set[str]]:
-        """A reading, and the names of databases that could not be read (busy, vanished)."""
+    def catch_up(self) -> None:
+        """Bring the copies of hot files up to date: the last thing before the window."""
+        self.staging.update(signatures(self.spec.root, self._hot))
+
+    def read(self) -> Moment:
         unread: set[str] = set()
         versions: dict[str, tuple[object, ...]] = {}
         for path, database in self.databases.items():
@@ -81,20 +96,28 @@ class OpenSources:
                 versions[path] = database.reading()
             except (sqlite3.Error, OSError):
                 unread.add(path)
-        git = self._read_repository()
-        return Reading(versions, git, self._scanner.scan(), self._state_files()), unread
+        self.git = self._read_repository()
+        return Moment(versions, self.git, signatures(self.spec.root, self._hot), frozenset(unread))
 
-    def not_as_staged(self, reading: Reading) -> set[str]:
-        """Files whose staged copy is not provably what the reading saw."""
-        stale = set()
-        for path, signature in reading.files.items():
-            staged = self.staging.files.get(path)
-            if staged is None:
-                if path not in self.staging.failures:
-                    stale.add(path)
-            elif staged.signature != signature or is_fresh(path, signature, read_at_ns=staged.staged_at_ns):
-                stale.add(path)
-        return stale
+    def not_as_staged(self, moment: Moment) -> set[str]:
+        """Hot files whose copy is not provably what the moment saw."""
+        return {
+            path
+            for path, signature in moment.hot_files.items()
+            if not self.staging.is_current(path, signature) and path not in self.staging.failures
+        }
+
+    def moved_since_staged(self) -> set[str]:
+        """Look at everything once more, after the window: what is there and is not as it was staged, what
+        came and what went. Hot files have been judged by the moments. Updates `scan`."""
+        before, self.scan = self.scan, self._scanner.scan()
+        now = {**self.scan.files, **self._state_files()}
+        moved = {path for path, signature in now.items() if not self.staging.is_current(path, signature)}
+        moved -= self._hot | self.staging.failures.keys()
+        moved |= before.files.keys() - self.scan.files.keys()
+        moved |= before.databases.keys() ^ self.scan.databases.keys()
+        moved |= {path for path, _ in before.symlinks.items() ^ self.scan.symlinks.items()}
+        return moved
 
     def pin(self) -> set[str]:
         """Pin every database; the names of those whose writer is in the way."""
@@ -118,7 +141,7 @@ class OpenSources:
             database.close()
             self._scanner.held_open.discard(database.identity)
 
-    def vanished(self, reading: Reading) -> dict[str, Failure]:
+    def vanished(self) -> dict[str, Failure]:
         """Databases that were there when the snapshot began and are not in its cut."""
         return {
             path: Failure(
@@ -126,7 +149,7 @@ class OpenSources:
                 reason="vanished during the snapshot",
                 hint="if the agent deleted it, all is well with the next snapshot; if not, look into it now",
             )
-            for path in self._seen - reading.scan.databases.keys() - reading.scan.suspects.keys()
+            for path in self._seen - self.scan.databases.keys() - self.scan.suspects.keys()
         }
 
     def path_of(self, path: Path) -> str:
@@ -190,8 +213,19 @@ class OpenSources:
             self._scanner.held_open.add(database.identity)
         return unready
 
-    def _stage(self, scan: Scan) -> None:
-        self.staging.refresh({**scan.files, **self._state_files()})
+    def _stage(self) -> None:
+        self.staging.refresh({**self.scan.files, **self._state_files()})
+
+    def _written_lately(self) -> set[str]:
+        """The files most likely to be written to next: those that were last, within a minute."""
+        now_ns = time.time_ns()
+        candidates = {**self.scan.files, **self._state_files()}
+        lately = [
+            (signature.ctime_ns, path)
+            for path, signature in candidates.items()
+            if signature.ctime_ns > now_ns - _HOT_NS
+        ]
+        return {path for _, path in nlargest(_MOST_HOT_FILES, lately)}
 
     def _state_files(self) -> dict[str, Signature]:
         """Signatures of the state values' files, which a scan leaves out."""
@@ -202,7 +236,7 @@ class OpenSources:
         return found
 
 
-def signatures(root: Path, paths: list[str]) -> dict[str, Signature]:
+def signatures(root: Path, paths: Iterable[str]) -> dict[str, Signature]:
     """What stat says of each path that is there."""
     found = {}
     for path in paths:

@@ -122,6 +122,7 @@ class LiveDatabase:
         self._probe.close()
         if self._pin is not None:
             self._pin.close()
+            self._pin = None
 
     def _connection(self) -> sqlite3.Connection:
         assert self._pin is not None

@@ -12,9 +12,8 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
-import click
 import typer
 
 from daemon import __version__
@@ -22,10 +21,13 @@ from daemon.cli import render
 from daemon.cli.wiring import Host, read_identities
 from daemon.errors import AgentkeepError, ConfigError, ExitCode, UsageError
 
+if TYPE_CHECKING:
+    from daemon.locate import Bundle
+    from daemon.restore import RestoreReport
+
 app = typer.Typer(
     name="agentkeep",
     help="Keeps the memory of AI agents safe: snapshots, verifiable bundles, recovery by bucket key.",
-    no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -49,6 +51,10 @@ RegionOption = Annotated[str | None, typer.Option("--region", help="For an s3://
 CaFileOption = Annotated[
     str | None, typer.Option("--ca-file", metavar="FILE", help="For an s3:// URL: trusted certificates.")
 ]
+
+
+# The base of what typer raises for a bad command line; it exports only the leaves.
+_BadCommandLine: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 
 def _version(wanted: bool) -> None:
@@ -366,7 +372,7 @@ def _flags(endpoint_url: str | None, region: str | None, ca_file: str | None) ->
 
 def _located(host: Host, snap: str, agent: str | None, identities: Any, flags: dict[str, str | None]) -> Any:
     """The bundle that `snap` names, as a context manager."""
-    from daemon.locate import Bundle, located
+    from daemon.locate import located
     from daemon.verify import read_manifest
 
     def is_complete(bundle: Bundle) -> bool:
@@ -383,7 +389,7 @@ def _located(host: Host, snap: str, agent: str | None, identities: Any, flags: d
     )
 
 
-def _render_restored(host: Host, report: Any) -> None:
+def _render_restored(host: Host, report: RestoreReport) -> None:
     manifest = report.manifest
     if host.as_json:
         render.print_json(
@@ -411,7 +417,8 @@ def main() -> NoReturn:
     """Run the command line and exit with its code."""
     signal.signal(signal.SIGTERM, _raise_terminated)
     host = Host()
-    code = _guarded(lambda: app(obj=host, standalone_mode=False), host)
+    arguments = sys.argv[1:] or ["--help"]
+    code = _guarded(lambda: app(arguments, obj=host, standalone_mode=False), host)
     try:
         sys.stdout.flush()
     except BrokenPipeError:  # `agentkeep list | head`: nobody reads any more
@@ -430,13 +437,13 @@ def _guarded(command: Callable[[], Any], host: Host) -> int:
     except AgentkeepError as error:
         render.print_error(error, as_json=host.as_json)
         return error.exit_code
-    except click.exceptions.Exit as exc:
+    except typer.Exit as exc:
         return exc.exit_code
-    except click.ClickException as exc:
+    except _BadCommandLine as exc:
         usage = UsageError(exc.format_message(), hint="`agentkeep --help` shows the commands")
         render.print_error(usage, as_json=host.as_json)
         return ExitCode.USAGE
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         return ExitCode.INTERRUPTED
     except _Terminated:
         return ExitCode.TERMINATED

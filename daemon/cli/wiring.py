@@ -7,10 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from config import Configuration, find_config_file, load
 from daemon.errors import ConfigError, UsageError
+
+if TYPE_CHECKING:
+    from daemon.destinations import Destination
+    from daemon.locate import Places
+    from daemon.snapshots import Sealing, Store
 
 MAX_IDENTITY_BYTES = 1 << 20
 
@@ -40,14 +45,14 @@ class Host:
         return self.configuration
 
     @cached_property
-    def store(self) -> Any:
+    def store(self) -> Store:
         from daemon.snapshots import Store
 
         settings = self.configuration.settings
         return Store(settings.state_dir, lock_timeout_seconds=settings.lock_timeout_seconds)
 
     @cached_property
-    def destinations(self) -> dict[str, Any]:
+    def destinations(self) -> dict[str, Destination]:
         from daemon.destinations import Destination
 
         return {
@@ -56,7 +61,7 @@ class Host:
         }
 
     @cached_property
-    def sealing(self) -> Any:
+    def sealing(self) -> Sealing:
         from daemon.snapshots import Sealing
 
         settings = self.configuration.settings
@@ -65,7 +70,7 @@ class Host:
             compression_level=settings.bundle.compression_level,
         )
 
-    def places(self) -> Any:
+    def places(self) -> Places:
         """Where bundles may be: nowhere but where their names say, on a host without configuration."""
         from daemon.locate import Places
 
@@ -78,7 +83,7 @@ class Host:
         """Options for a bundle's URL: those of the configured destination that it lies at, then the flags."""
         options: dict[str, str] = {}
         if "://" in name and self.configuration_if_any is not None:
-            base = name.partition("/tenants/")[0].rstrip("/")
+            base = name.rsplit("/", 5)[0].rstrip("/")
             for destination in self.destinations.values():
                 if destination.url.rstrip("/") == base:
                     options = dict(destination.options)

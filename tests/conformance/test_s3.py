@@ -3,6 +3,7 @@ moto, which checks no digest; and a server that refuses nothing at all, for the 
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -14,7 +15,7 @@ from storage_backends import Capabilities, StorageBackend, open_backend, s3
 from storage_backends.conformance import BackendConformance
 from storage_backends.s3 import make_client
 from storage_backends.s3_options import S3Options
-from tests.conformance.crooked_s3 import BUCKET, Behaviour, running_crooked_s3
+from tests.conformance.crooked_s3 import BUCKET, Behaviour, CrookedS3, running_crooked_s3
 from tests.conformance.places import S3Place
 
 
@@ -82,10 +83,14 @@ class TestS3WhereNothingIsRefused(S3Conformance):
     def small_pages(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(s3, "PAGE_KEYS", 100)
 
-    @pytest.fixture
-    def place(self) -> Iterator[S3Place]:
+    @pytest.fixture(scope="class")
+    def server(self) -> Iterator[CrookedS3]:
         with running_crooked_s3(Behaviour()) as server:
-            yield S3Place(f"s3://{BUCKET}/p", server.options)
+            yield server
+
+    @pytest.fixture
+    def place(self, server: CrookedS3) -> S3Place:
+        return S3Place(f"s3://{BUCKET}/{secrets.token_hex(6)}", server.options)
 
     def test_capabilities(self, backend: StorageBackend) -> None:
         assert backend.probe() == Capabilities(

@@ -33,7 +33,7 @@ class RunningWriter:
     def wait_for_round(self, round_number: int, *, limit_seconds: float = _START_LIMIT_SECONDS) -> None:
         """Until that round has begun. Raises RuntimeError if the writer ends or takes too long."""
         deadline = time.monotonic() + limit_seconds
-        while not self.journal.exists() or Journal.read(self.journal).last_round < round_number:
+        while self._last_round_begun() < round_number:
             if self._process.poll() is not None:
                 raise RuntimeError(f"the writer ended by itself, exit code {self._process.returncode}")
             if time.monotonic() > deadline:
@@ -49,6 +49,12 @@ class RunningWriter:
     def kill(self) -> None:
         """Wherever it is."""
         self._end(signal.SIGKILL)
+
+    def _last_round_begun(self) -> int:
+        try:
+            return Journal.read(self.journal).last_round
+        except (FileNotFoundError, ValueError):  # it is still getting up
+            return 0
 
     def _end(self, how: signal.Signals) -> None:
         if self._process.poll() is None:

@@ -1,0 +1,57 @@
+# Everything starts here: `make demo`, `make test`. Both install what they need into .venv first.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python -m
+INSTALLED := $(VENV)/.installed
+WORKERS ?= 2
+
+.PHONY: help install demo test lint types unit bench lock clean
+
+help:
+	@echo "make demo   a sample agent, a real S3 server, a lost host, a recovery: two minutes"
+	@echo "make test   everything that has to hold: lint, types, imports, all tests"
+	@echo "make bench  peak memory and times with a 700 MB agent"
+	@echo "make lock   resolve the dependencies anew into the lock files"
+	@echo "make clean  remove what the above have made"
+
+# The virtual environment needs no pip of its own: python3-venv may be missing on a fresh machine.
+$(INSTALLED): requirements-dev.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "agentkeep needs Python 3.11 or newer: make PYTHON=python3.11 ..."; exit 1; }
+	@echo "installing into $(VENV)"
+	@$(PYTHON) -m venv --clear --without-pip $(VENV)
+	@$(PYTHON) -m pip --python $(VENV)/bin/python install --quiet --disable-pip-version-check \
+		--require-hashes -r requirements-dev.lock
+	@$(PYTHON) -m pip --python $(VENV)/bin/python install --quiet --disable-pip-version-check \
+		--no-deps --no-build-isolation --editable .
+	@touch $@
+
+install: $(INSTALLED)
+
+demo: $(INSTALLED)
+	@$(RUN) demo
+
+test: $(INSTALLED) lint types
+	@.ci/system-packages
+	@$(RUN) pytest -n $(WORKERS) --dist worksteal
+
+lint: $(INSTALLED)
+	@$(RUN) ruff check
+	@$(RUN) ruff format --check --quiet
+	@$(VENV)/bin/lint-imports --no-logo > $(VENV)/imports.log || { cat $(VENV)/imports.log; exit 1; }
+
+types: $(INSTALLED)
+	@$(RUN) mypy
+
+bench: $(INSTALLED)
+	@$(RUN) benchmarks.memory
+
+lock: $(INSTALLED)
+	@$(RUN) uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
+		--no-emit-index-url --no-annotate --upgrade -o requirements.lock pyproject.toml
+	@$(RUN) uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
+		--no-emit-index-url --no-annotate --upgrade -o requirements-dev.lock pyproject.toml --extra dev
+
+clean:
+	rm -rf $(VENV) .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
