@@ -6,6 +6,8 @@ AgentkeepError                1
 │   ├── SiblingMissing            a bundle without its .sha256
 │   ├── SiblingMismatch           the bytes at rest are not those that the sibling names
 │   ├── MalformedBundle           the container or its manifest breaks the format's rules
+│   │   ├── BrokenSeal                the manifest was changed after it was sealed
+│   │   └── WrongArtifact             an artifact is not the one that the manifest names, or is not there
 │   ├── UnsupportedVersion        written by a newer agentkeep
 │   └── WrongIdentity             no given identity opens this bundle
 ├── NotFoundError            66
@@ -67,6 +69,12 @@ class SiblingMismatch(IntegrityError): ...
 
 
 class MalformedBundle(IntegrityError): ...
+
+
+class BrokenSeal(MalformedBundle): ...
+
+
+class WrongArtifact(MalformedBundle): ...
 
 
 class UnsupportedVersion(IntegrityError): ...

@@ -29,6 +29,7 @@ SIBLING_SUFFIX = ".sha256"
 
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9_-]{0,62}[a-z0-9])?\Z")
 _UUID7 = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}\Z")
+_LAST_TIME = "e677d21f-dbff"  # the last millisecond of the year 9999, the last that datetime knows
 _KEY = re.compile(
     r"tenants/(?P<tenant>[^/]+)/snapshots/(?P<agent>[^/]+)/(?P<id>[^/]+?)(?P<suffix>\.tar\.zst(?:\.age)?)\Z"
 )
@@ -43,7 +44,8 @@ def is_valid_name(name: str) -> bool:
 
 
 def is_snapshot_id(text: str) -> bool:
-    return bool(_UUID7.match(text))
+    """Whether `text` is a UUIDv7 in its canonical spelling, of a time that has a date."""
+    return bool(_UUID7.match(text)) and text[:13] <= _LAST_TIME
 
 
 def new_snapshot_id(*, at_ms: int | None = None) -> str:

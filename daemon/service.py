@@ -168,10 +168,11 @@ class _Uploader:
         while not self._stopping.is_set():
             self._woken.clear()
             failures = 0 if self._drain() else failures + 1
-            patience = min(self._interval_seconds * 2 ** min(failures, 8), _LONGEST_BACKOFF_SECONDS)
-            self._woken.wait(max(patience, self._interval_seconds))
             if failures:  # a new snapshot does not make a dead destination live
-                self._stopping.wait(min(self._interval_seconds, patience))
+                backoff_seconds = self._interval_seconds * 2 ** min(failures - 1, 16)
+                self._stopping.wait(min(backoff_seconds, _LONGEST_BACKOFF_SECONDS))
+            else:
+                self._woken.wait(self._interval_seconds)
 
     def _drain(self) -> bool:
         """Whether nothing failed."""

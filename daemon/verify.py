@@ -14,11 +14,21 @@ from typing import Any, Literal
 
 from daemon.bundle.reader import read_bundle
 from daemon.bundle.sibling import HashingReader
-from daemon.errors import IntegrityError, MalformedBundle, RefusedError, SiblingMismatch, UnsupportedVersion
+from daemon.errors import (
+    BrokenSeal,
+    IntegrityError,
+    MalformedBundle,
+    RefusedError,
+    SiblingMismatch,
+    UnsupportedVersion,
+    WrongArtifact,
+    WrongIdentity,
+)
 from daemon.locate import Bundle
 from daemon.model import BundleKey, Manifest
 
 Status = Literal["ok", "failed", "not checked"]
+_INSIDE = ("container", "artifacts", "seal")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +60,22 @@ class VerifyReport:
 def verify(bundle: Bundle, *, identities: Sequence[Any] = ()) -> VerifyReport:
     """Read a bundle once, to its last byte, wherever it lies, without a copy.
 
-    Raises SnapshotNotFound and what a destination raises; what is wrong with the bundle is in the report.
+    Raises SnapshotNotFound, WrongIdentity and what a destination raises; what is wrong with the bundle is
+    in the report.
     """
+    wrong_identity: WrongIdentity | None = None
     with HashingReader(bundle.open()) as stream:
-        inner, manifest = _check_inside(bundle, stream, identities)
+        try:
+            inner, manifest = _check_inside(bundle, stream, identities)
+        except WrongIdentity as exc:
+            wrong_identity = exc
+            inner, manifest = _failed("container", exc), None
         sha256 = stream.finish()
         size_bytes = stream.size_bytes
-    return VerifyReport(bundle.name, size_bytes, sha256, (_check_sibling(bundle, sha256), *inner), manifest)
+    sibling = _check_sibling(bundle, sha256)
+    if wrong_identity is not None and sibling.status == "ok":
+        raise wrong_identity  # the bytes are as they were written: it is the identity that does not fit
+    return VerifyReport(bundle.name, size_bytes, sha256, (sibling, *inner), manifest)
 
 
 def read_manifest(bundle: Bundle, *, identities: Sequence[Any] = ()) -> Manifest:
@@ -101,14 +120,17 @@ def _check_sibling(bundle: Bundle, actual: str) -> Level:
 def _check_inside(
     bundle: Bundle, stream: HashingReader, identities: Sequence[Any]
 ) -> tuple[tuple[Level, ...], Manifest | None]:
-    names = ("container", "artifacts", "seal")
     if bundle.is_encrypted and not identities:
-        return tuple(Level(name, "not checked", "encrypted, and no identity given") for name in names), None
+        return tuple(Level(name, "not checked", "encrypted, and no identity given") for name in _INSIDE), None
     try:
         contents = read_bundle(stream, encrypted=bundle.is_encrypted, identities=identities)
         check_place(bundle.key, contents.manifest)
+    except BrokenSeal as exc:
+        return _failed("seal", exc), None
+    except WrongArtifact as exc:
+        return _failed("artifacts", exc), None
     except (MalformedBundle, UnsupportedVersion) as exc:
-        return (Level("container", "failed", str(exc)), *_unchecked(names[1:])), None
+        return _failed("container", exc), None
     artifacts = contents.manifest.artifacts
     total_bytes = sum(artifact.size_bytes for artifact in artifacts)
     return (
@@ -118,5 +140,10 @@ def _check_inside(
     ), contents.manifest
 
 
-def _unchecked(names: Sequence[str]) -> tuple[Level, ...]:
-    return tuple(Level(name, "not checked", "the bundle could not be read to its end") for name in names)
+def _failed(failed: str, exc: IntegrityError) -> tuple[Level, ...]:
+    """All levels when one failed: those that are proven before it are, those after it were not reached."""
+    order = ("container", "seal", "artifacts")
+    levels = {name: Level(name, "not checked", f"the {failed} comes first") for name in order}
+    levels |= {name: Level(name, "ok") for name in order[: order.index(failed)]}
+    levels[failed] = Level(failed, "failed", str(exc))
+    return tuple(levels[name] for name in _INSIDE)

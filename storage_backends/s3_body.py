@@ -19,20 +19,22 @@ from storage_backends.base import CHUNK_BYTES, Corrupted, Source, StorageError
 
 @dataclass(frozen=True, slots=True)
 class Digests:
-    """Of the bytes of one request. Raw, not hex."""
+    """Of the bytes of one request. Raw, not hex. md5 only where something is to be compared with it."""
 
     sha256: bytes
-    md5: bytes
+    md5: bytes | None
 
 
-def hash_part(stream: BinaryIO, length: int, *, whole: hashlib._Hash) -> Digests:
+def hash_part(stream: BinaryIO, length: int, *, whole: hashlib._Hash, md5_too: bool) -> Digests:
     """Digests of the next `length` bytes (fewer at the end), which `whole` takes in as well."""
     sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
     while length and (chunk := stream.read(min(length, CHUNK_BYTES))):
         length -= len(chunk)
-        for digest in (sha256, md5, whole):
-            digest.update(chunk)
-    return Digests(sha256.digest(), md5.digest())
+        sha256.update(chunk)
+        whole.update(chunk)
+        if md5_too:
+            md5.update(chunk)
+    return Digests(sha256.digest(), md5.digest() if md5_too else None)
 
 
 def require_digest(source: Source, stream: BinaryIO, sha256: str, *, key: str) -> None:

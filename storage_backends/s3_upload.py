@@ -72,7 +72,7 @@ def put_whole(bucket: Bucket, key: str, source: Source, *, traits: Traits) -> No
     """One PutObject. Raises ObjectExists, Corrupted, what the source raises, ..."""
     with closing(source.open()) as stream:
         whole = hashlib.sha256()
-        digests = hash_part(stream, source.size_bytes, whole=whole)
+        digests = hash_part(stream, source.size_bytes, whole=whole, md5_too=not traits.verifies_sha256)
         require_digest(source, stream, whole.hexdigest(), key=key)
     etag = send(
         source,
@@ -180,11 +180,12 @@ def _send_parts(
     done: list[Part] = []
     in_flight: deque[Future[Part]] = deque()
     whole = hashlib.sha256()
+    md5_too = bool(held) or not traits.verifies_sha256
     with closing(source.open()) as stream, ThreadPoolExecutor(IN_FLIGHT) as senders:
         try:
             for number, offset in enumerate(range(0, token.size_bytes, token.part_size_bytes), start=1):
                 length = min(token.part_size_bytes, token.size_bytes - offset)
-                digests = hash_part(stream, length, whole=whole)
+                digests = hash_part(stream, length, whole=whole, md5_too=md5_too)
                 part = held.get(number)
                 if part is not None and _same(part, digests, length=length):
                     proven = proven and part.sha256 is not None
@@ -241,8 +242,12 @@ def _same(part: Part, digests: Digests, *, length: int) -> bool:
         return False
     if part.sha256 is not None:
         return part.sha256 == digests.sha256
-    return part.etag == digests.md5.hex()
+    return digests.md5 is not None and part.etag == digests.md5.hex()
 
 
 def _arrived(etag: str, digests: Digests, *, traits: Traits) -> bool:
-    return traits.verifies_sha256 or not traits.etag_is_md5 or etag == digests.md5.hex()
+    """As far as the answer can tell: the server checked it, or its ETag is what it should be, or is none
+    that says anything."""
+    if traits.verifies_sha256 or not traits.etag_is_md5 or digests.md5 is None:
+        return True
+    return etag == digests.md5.hex()

@@ -19,7 +19,7 @@ from daemon.bundle import tar
 from daemon.bundle.encryption import decrypting
 from daemon.bundle.frames import FrameReader, Sink
 from daemon.bundle.seal import MAX_MANIFEST_BYTES, parse_json, seal_of
-from daemon.errors import MalformedBundle, UnsupportedVersion
+from daemon.errors import BrokenSeal, MalformedBundle, UnsupportedVersion, WrongArtifact
 from daemon.model import (
     BUNDLE_FORMAT,
     FORMAT_VERSION,
@@ -163,7 +163,7 @@ def _checked_manifest(data: bytes, header: Header, members: dict[str, _Member]) 
     except (ValueError, RecursionError) as exc:
         raise MalformedBundle(f"{MANIFEST_NAME} cannot be sealed: {exc}") from exc
     if raw.get("seal") != seal:
-        raise MalformedBundle("the manifest's seal is broken: it was changed after it was sealed")
+        raise BrokenSeal("the manifest's seal is broken: it was changed after it was sealed")
     try:
         manifest = Manifest.model_validate(raw)
     except ValidationError as exc:
@@ -182,11 +182,11 @@ def _check_artifacts(manifest: Manifest, members: dict[str, _Member]) -> None:
         raise MalformedBundle("the manifest names an artifact twice")
     for name in sorted(declared.keys() | members.keys()):
         if name not in members:
-            raise MalformedBundle(f"{name} is in the manifest and not in the bundle")
+            raise WrongArtifact(f"{name} is in the manifest and not in the bundle")
         if name not in declared:
-            raise MalformedBundle(f"{name} is in the bundle and not in the manifest")
+            raise WrongArtifact(f"{name} is in the bundle and not in the manifest")
         if declared[name] != members[name]:
-            raise MalformedBundle(f"{name} does not have the size or digest that the manifest names")
+            raise WrongArtifact(f"{name} does not have the size or digest that the manifest names")
 
 
 def _first_problem(exc: ValidationError) -> str:

@@ -57,8 +57,7 @@ def take_cut(spec: AgentSpec, scratch: Path, *, options: CutOptions | None = Non
     staged.mkdir()
     with ExitStack() as stack:
         sources = OpenSources(spec, staged, stack)
-        consistency = _hold_one_instant(sources, options)
-        created_at_ms = time.time_ns() // 1_000_000
+        consistency, created_at_ms = _hold_one_instant(sources, options)
         capture = Capture(spec=spec, created_at_ms=created_at_ms, consistency=consistency)
         collect(sources, capture, scratch=scratch, options=options.collect)
     return capture
@@ -72,36 +71,39 @@ def _with_memdir(spec: AgentSpec) -> AgentSpec:
     return spec
 
 
-def _hold_one_instant(sources: OpenSources, options: CutOptions) -> Consistency:
-    """Pin all databases at a moment at which nothing moved, or as near to it as the attempts allow."""
+def _hold_one_instant(sources: OpenSources, options: CutOptions) -> tuple[Consistency, int]:
+    """Pin all databases at a moment at which nothing moved, or as near to it as the attempts allow; how
+    far that went, and that moment in milliseconds since 1970."""
     for attempt in range(1, options.attempts + 1):
         if attempt > 1:
             sources.release()
             _pause(options.backoff_seconds, attempt)
-        window_ms, moved = _attempt(sources)
+        window_ms, created_at_ms, moved = _attempt(sources)
         if not moved:
             break
-    return Consistency(
+    consistency = Consistency(
         level="per_source" if moved else "point_in_time",
         window_ms=window_ms,
         attempts=attempt,
         moved=tuple(sorted(moved)),
     )
+    return consistency, created_at_ms
 
 
-def _attempt(sources: OpenSources) -> tuple[int, set[str]]:
-    """One try: the window in milliseconds, and what moved (nothing: this is the cut)."""
+def _attempt(sources: OpenSources) -> tuple[int, int, set[str]]:
+    """One try: the window's length, when it was (both in ms), and what moved (nothing: this is the cut)."""
     moved = sources.prepare()
     sources.catch_up()
     opened_ns = time.monotonic_ns()
     before = sources.read()
+    created_at_ms = time.time_ns() // 1_000_000
     moved |= sources.pin()
     after = sources.read()
     window_ms = -((opened_ns - time.monotonic_ns()) // 1_000_000)  # rounded up
     moved |= before.differences(after)
     moved |= sources.not_as_staged(before)
     moved |= sources.moved_since_staged()
-    return window_ms, moved
+    return window_ms, created_at_ms, moved
 
 
 def _pause(backoff_seconds: float, attempt: int) -> None:

@@ -195,7 +195,7 @@ def verify(
 def export(
     context: typer.Context,
     snap: SnapshotArgument,
-    to: Annotated[Path, typer.Option("--to", metavar="PATH", help="A directory, or the file's name.")],
+    to: Annotated[str, typer.Option("--to", metavar="PATH", help="A directory, or the file's name.")],
     agent: AgentOption = None,
     identity: IdentityOption = None,
     endpoint_url: EndpointOption = None,
@@ -211,7 +211,9 @@ def export(
         _located(host, snap, agent, identities, _flags(endpoint_url, region, ca_file)) as bundle,
         render.progress_bar("exporting", bundle.size_bytes) as progress,
     ):
-        path = export_bundle(bundle, to, progress=progress)
+        # `--to new/` can only mean a directory, though it is not there yet.
+        target = Path(to) / bundle.file_name if to.endswith("/") else Path(to)
+        path = export_bundle(bundle, target, progress=progress)
     if host.as_json:
         render.print_json({"path": str(path), "size_bytes": path.stat().st_size})
     else:

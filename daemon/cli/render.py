@@ -29,11 +29,18 @@ _PIPE_COLUMNS = 400
 def stdout() -> Console:
     """Wide where nobody has a window to fit: what is piped must not be cut."""
     width = None if sys.stdout.isatty() else _PIPE_COLUMNS
-    return Console(highlight=False, soft_wrap=True, width=width)
+    return Console(highlight=False, emoji=False, soft_wrap=True, width=width)
 
 
 def stderr() -> Console:
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
+
+
+def _text(text: str, *, style: str = "") -> Text:
+    """What came from outside (a manifest, a path, a server) as it may be shown: plain, and nothing in it
+    controls the terminal or is invisible."""
+    shown = (char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
+    return Text("".join(shown), style=style)
 
 
 def print_json(document: object) -> None:
@@ -55,9 +62,9 @@ def print_error(error: AgentkeepError, *, as_json: bool) -> None:
             }
         )
     console = stderr()
-    console.print(Text("error: ", style="bold red") + Text(str(error)))
+    console.print(Text("error: ", style="bold red") + _text(str(error)))
     if error.hint:
-        console.print(Text("  fix: ", style="bold") + Text(error.hint))
+        console.print(Text("  fix: ", style="bold") + _text(error.hint))
 
 
 def human_bytes(size_bytes: int) -> str:
@@ -122,18 +129,20 @@ def print_snapshot(record: SnapshotRecord) -> None:
     window = f"{record.consistency.level}, window {record.consistency.window_ms} ms"
     console.print(f"  consistency  {window}, attempt {record.consistency.attempts}")
     if record.consistency.moved:
-        console.print(Text(f"  moved        {', '.join(record.consistency.moved[:5])}"))
+        console.print(_text(f"  moved        {', '.join(record.consistency.moved[:5])}"))
     sizes = f"{human_bytes(record.content_bytes)} in a bundle of {human_bytes(record.size_bytes)}"
     console.print(f"  content      {sizes}{', encrypted' if record.key.encrypted else ''}")
     console.print(f"  key          {record.key}")
     for name, upload in record.uploads.items():
-        console.print(Text(f"  upload       {name}: {upload.state.value} {upload.last_error or ''}".rstrip()))
+        console.print(
+            _text(f"  upload       {name}: {upload.state.value} {upload.last_error or ''}".rstrip())
+        )
     for failure in record.failures:
-        console.print(Text("  not captured ", style="red") + Text(f"{failure.source}: {failure.reason}"))
+        console.print(Text("  not captured ", style="red") + _text(f"{failure.source}: {failure.reason}"))
         if failure.hint:
-            console.print(Text(f"           fix {failure.hint}"))
+            console.print(_text(f"           fix {failure.hint}"))
         if failure.kept_as:
-            console.print(Text(f"          kept {', '.join(failure.kept_as[:3])} (raw bytes)"))
+            console.print(_text(f"          kept {', '.join(failure.kept_as[:3])} (raw bytes)"))
 
 
 def print_manifest(manifest: Manifest) -> None:
@@ -150,11 +159,11 @@ def print_manifest(manifest: Manifest) -> None:
         ("seal", manifest.seal),
     ]
     for name, value in rows:
-        console.print(Text(f"  {name:<13}{value}"))
+        console.print(_text(f"  {name:<13}{value}"))
     for failure in manifest.failures:
-        console.print(Text("  not captured ", style="red") + Text(f"{failure.source}: {failure.reason}"))
+        console.print(Text("  not captured ", style="red") + _text(f"{failure.source}: {failure.reason}"))
     for excluded in manifest.excluded:
-        console.print(Text(f"  left out     {excluded.count} x {excluded.pattern} ({excluded.reason})"))
+        console.print(_text(f"  left out     {excluded.count} x {excluded.pattern} ({excluded.reason})"))
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("artifact")
     table.add_column("kind")
@@ -162,7 +171,7 @@ def print_manifest(manifest: Manifest) -> None:
     table.add_column("sha256")
     for artifact in manifest.artifacts:
         table.add_row(
-            Text(artifact.path_in_bundle),
+            _text(artifact.path_in_bundle),
             artifact.kind.value,
             human_bytes(artifact.size_bytes),
             artifact.sha256[:16],
@@ -173,34 +182,32 @@ def print_manifest(manifest: Manifest) -> None:
 def print_levels(levels: list[tuple[str, str, str]]) -> None:
     console = stdout()
     for name, status, detail in levels:
-        console.print(Text.from_markup(f"  {name:<11}{_MARKS[status]}  ") + Text(detail))
+        console.print(Text.from_markup(f"  {name:<11}{_MARKS[status]}  ") + _text(detail))
 
 
 def print_restored(report: RestoreReport) -> None:
     console = stdout()
     manifest = report.manifest
     size = human_bytes(report.content_bytes)
-    console.print(
-        f"restored {manifest.snapshot_id} of agent {manifest.agent_id} to {report.target}", markup=False
-    )
+    console.print(_text(f"restored {manifest.snapshot_id} of agent {manifest.agent_id} to {report.target}"))
     console.print(f"  {report.artifacts} artifacts, {size}, every one verified", markup=False)
     console.print(f"  taken at {snapshot_time(manifest.snapshot_id):%Y-%m-%d %H:%M:%S} UTC", markup=False)
     console.print(f"  consistency {manifest.consistency.level}", markup=False)
     if not manifest.complete:
         console.print("  [bold red]the snapshot is incomplete[/], these were not captured:")
     for failure in manifest.failures:
-        console.print(f"    {failure.source}: {failure.reason}", markup=False)
+        console.print(_text(f"    {failure.source}: {failure.reason}"))
     for name in report.not_put_back:
-        console.print(f"  has no place of its own and was not put back: {name}", markup=False)
+        console.print(_text(f"  has no place of its own and was not put back: {name}"))
 
 
 def print_findings(findings: list[Finding]) -> None:
     console = stdout()
     marks = {"ok": "[green]ok      [/]", "warning": "[yellow]warning [/]", "failure": "[red]failure [/]"}
     for finding in findings:
-        console.print(Text.from_markup(marks[finding.level]) + Text(f"{finding.subject}: {finding.message}"))
+        console.print(Text.from_markup(marks[finding.level]) + _text(f"{finding.subject}: {finding.message}"))
         if finding.hint:
-            console.print(Text(f"    fix: {finding.hint}"))
+            console.print(_text(f"    fix: {finding.hint}"))
 
 
 @contextmanager

@@ -21,7 +21,7 @@ class _Formatter(logging.Formatter):
         when = datetime.fromtimestamp(record.created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         fields = getattr(record, "fields", {})
         line = " ".join([when, record.levelname, record.getMessage(), *map(_pair, fields.items())])
-        return line if record.exc_info is None else f"{line}\n{self.formatException(record.exc_info)}"
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
 def _pair(item: tuple[str, object]) -> str:

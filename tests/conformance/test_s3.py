@@ -24,8 +24,18 @@ def shared_client(options: S3Options) -> object:
     return make_client(options)
 
 
+@pytest.fixture(scope="module")
+def overwriting_server() -> Iterator[CrookedS3]:
+    with running_crooked_s3(Behaviour()) as server:
+        yield server
+
+
 class S3Conformance(BackendConformance):
-    many_keys = 1010
+    many_keys = 250
+
+    @pytest.fixture(autouse=True)
+    def small_pages(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(s3, "PAGE_KEYS", 100)
 
     @pytest.fixture(autouse=True)
     def one_client_for_all(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,12 +68,6 @@ class TestS3OnSeaweedFS(S3Conformance):
 
 
 class TestS3OnMoto(S3Conformance):
-    many_keys = 250
-
-    @pytest.fixture(autouse=True)
-    def small_pages(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(s3, "PAGE_KEYS", 100)
-
     @pytest.fixture
     def place(self, moto_place: S3Place) -> S3Place:
         return moto_place
@@ -77,20 +81,9 @@ class TestS3OnMoto(S3Conformance):
 class TestS3WhereNothingIsRefused(S3Conformance):
     """A server that overwrites on `If-None-Match` and looks at no digest."""
 
-    many_keys = 250
-
-    @pytest.fixture(autouse=True)
-    def small_pages(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(s3, "PAGE_KEYS", 100)
-
-    @pytest.fixture(scope="class")
-    def server(self) -> Iterator[CrookedS3]:
-        with running_crooked_s3(Behaviour()) as server:
-            yield server
-
     @pytest.fixture
-    def place(self, server: CrookedS3) -> S3Place:
-        return S3Place(f"s3://{BUCKET}/{secrets.token_hex(6)}", server.options)
+    def place(self, overwriting_server: CrookedS3) -> S3Place:
+        return S3Place(f"s3://{BUCKET}/{secrets.token_hex(6)}", overwriting_server.options)
 
     def test_capabilities(self, backend: StorageBackend) -> None:
         assert backend.probe() == Capabilities(
