@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python -m
+RUNNABLE := $(VENV)/.runnable
 INSTALLED := $(VENV)/.installed
 WORKERS ?= 2
 
@@ -16,20 +17,25 @@ help:
 	@echo "make clean  remove what the above have made"
 
 # The virtual environment needs no pip of its own: python3-venv may be missing on a fresh machine.
-$(INSTALLED): requirements-dev.lock pyproject.toml
+PIP := $(PYTHON) -m pip --python $(VENV)/bin/python install --quiet --disable-pip-version-check --no-compile
+
+$(RUNNABLE): requirements-demo.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "agentkeep needs Python 3.11 or newer: make PYTHON=python3.11 ..."; exit 1; }
 	@echo "installing into $(VENV)"
 	@$(PYTHON) -m venv --clear --without-pip $(VENV)
-	@$(PYTHON) -m pip --python $(VENV)/bin/python install --quiet --disable-pip-version-check \
-		--require-hashes -r requirements-dev.lock
-	@$(PYTHON) -m pip --python $(VENV)/bin/python install --quiet --disable-pip-version-check \
-		--no-deps --no-build-isolation --editable .
+	@$(PIP) --require-hashes -r requirements-demo.lock
+	@$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(INSTALLED): $(RUNNABLE) requirements-dev.lock
+	@echo "installing what the tests need"
+	@$(PIP) --require-hashes -r requirements-dev.lock
 	@touch $@
 
 install: $(INSTALLED)
 
-demo: $(INSTALLED)
+demo: $(RUNNABLE)
 	@$(RUN) demo
 
 test: $(INSTALLED) lint types
@@ -44,14 +50,17 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	@$(RUN) mypy
 
-bench: $(INSTALLED)
+bench: $(RUNNABLE)
 	@$(RUN) benchmarks.memory
 
-lock: $(INSTALLED)
-	@$(RUN) uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
-		--no-emit-index-url --no-annotate --upgrade -o requirements.lock pyproject.toml
-	@$(RUN) uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
-		--no-emit-index-url --no-annotate --upgrade -o requirements-dev.lock pyproject.toml --extra dev
+# Needs uv on the PATH. Without index addresses, so that any registry will do.
+LOCK := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
+	--no-emit-index-url --no-annotate --upgrade pyproject.toml
+
+lock:
+	@$(LOCK) -o requirements.lock
+	@$(LOCK) -o requirements-demo.lock --extra demo
+	@$(LOCK) -o requirements-dev.lock --extra dev
 
 clean:
 	rm -rf $(VENV) .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

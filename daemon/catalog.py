@@ -12,11 +12,11 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from time import time
 
-from daemon.durable import make_private_directory, translating_os_errors
+from daemon.durable import file_lock, make_private_directory, translating_os_errors
 from daemon.errors import LocalWriteError, SnapshotNotFound, UsageError
 from daemon.model import (
     BundleKey,
@@ -61,11 +61,18 @@ CREATE INDEX uploads_waiting ON uploads (destination, snapshot_id) WHERE state <
 
 class Catalog:
     def __init__(self, path: Path) -> None:
-        """Open or make the catalog. Raises LocalWriteError."""
+        """Open or make the catalog. Raises LocalWriteError, BusyError."""
         self._path = path
         make_private_directory(path.parent)
         with translating_os_errors("open the catalog", path):
             path.touch(mode=0o600)
+        # Two connections that switch to WAL at once are not made to wait for each other: one fails.
+        with file_lock(path.with_name(path.name + ".lock"), what="the catalog", timeout_seconds=30):
+            self._prepare()
+
+    def _prepare(self) -> None:
+        with self._connected() as db:
+            db.execute("PRAGMA journal_mode = WAL")
         with self._transaction() as db:
             (version,) = db.execute("PRAGMA user_version").fetchone()
             if version == 0:
@@ -74,7 +81,7 @@ class Catalog:
                 db.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
             elif version > _SCHEMA_VERSION:
                 raise LocalWriteError(
-                    f"the catalog {path} was written by a newer agentkeep", hint="use that version"
+                    f"the catalog {self._path} was written by a newer agentkeep", hint="use that version"
                 )
 
     def announce(self, record: SnapshotRecord, destinations: Iterable[str]) -> None:
@@ -201,23 +208,22 @@ class Catalog:
             return [_record(row, _uploads(db, row["snapshot_id"])) for row in rows]
 
     @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def _connected(self) -> Iterator[sqlite3.Connection]:
         try:
-            db = sqlite3.connect(self._path, timeout=30, isolation_level=None)
+            with closing(sqlite3.connect(self._path, timeout=30, isolation_level=None)) as db:
+                db.row_factory = sqlite3.Row
+                yield db
         except sqlite3.Error as exc:
             raise self._unusable(exc) from exc
-        try:
-            db.row_factory = sqlite3.Row
-            db.execute("PRAGMA journal_mode = WAL")
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._connected() as db:
             db.execute("PRAGMA synchronous = FULL")
             db.execute("PRAGMA foreign_keys = ON")
             db.execute("BEGIN IMMEDIATE")
             yield db
             db.execute("COMMIT")
-        except sqlite3.Error as exc:
-            raise self._unusable(exc) from exc
-        finally:
-            db.close()
 
     def _unusable(self, exc: sqlite3.Error) -> LocalWriteError:
         return LocalWriteError(

@@ -34,6 +34,7 @@ from daemon.transfer import drain_outbox
 _MISFIRE_GRACE_SECONDS = None  # late is better than never: a run that was missed is made up once
 _UPLOAD_GRACE_SECONDS = 30.0
 _LONGEST_BACKOFF_SECONDS = 600.0
+_SIGNAL_POLL_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +85,16 @@ class Service:
             uploader.start()
         self._scheduler.start()
         event("service.started", fields={"agents": len(self._jobs), "destinations": len(self._uploaders)})
-        self._stopping.wait()
+        # Looking up now and then, since a signal that another thread happens to take does not end a wait.
+        while not self._stopping.wait(_SIGNAL_POLL_SECONDS):
+            pass
         event("service.stopping")
         self._scheduler.shutdown(wait=True)
         for uploader in self._uploaders.values():
-            uploader.finish(grace_seconds=_UPLOAD_GRACE_SECONDS)
+            uploader.wake()
+        give_up_at = time.monotonic() + _UPLOAD_GRACE_SECONDS  # one grace for all of them
+        for uploader in self._uploaders.values():
+            uploader.finish(grace_seconds=max(1.0, give_up_at - time.monotonic()))
         event("service.stopped")
         return ExitCode.OK
 

@@ -70,8 +70,12 @@ def test_it_dies_with_its_owner(tmp_path: Path, pytestconfig: pytest.Config) -> 
         assert owner.stdout is not None
         pid = int(owner.stdout.readline())
         assert is_running(pid)
+        ports = {int(address.partition(":")[2], 16) for address in listening(pid)}
         owner.kill()
     deadline = time.monotonic() + 60
     while is_running(pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not is_running(pid)
+    for port in ports:
+        for path in socket_files(port):
+            path.unlink()

@@ -273,6 +273,24 @@ def wait_until(condition: Callable[[], bool], what: str, *, limit_seconds: float
         time.sleep(_POLL_SECONDS)
 
 
+def freeze_when(running: Running, condition: Callable[[], bool], what: str) -> None:
+    """Stop the command (SIGSTOP) at a moment at which the condition holds; SIGCONT lets it go on."""
+    while True:
+        wait_until(lambda: condition() or not running.is_running(), what)
+        running.send(signal.SIGSTOP)
+        wait_until(lambda: _is_frozen(running), "the command to stop")
+        if condition():
+            return
+        assert running.is_running(), f"it ended before {what}: {running.output()}"
+        running.send(signal.SIGCONT)
+
+
+def _is_frozen(running: Running) -> bool:
+    """Every thread of it."""
+    states = [path.read_text().rpartition(")")[2].split()[0] for path in Path(f"/proc/{running.pid}/task").glob("*/stat")]
+    return not running.is_running() or set(states) <= {"T", "Z"}
+
+
 def _content(stream: IO[bytes]) -> str:
     size_bytes = os.fstat(stream.fileno()).st_size
     return os.pread(stream.fileno(), size_bytes, 0).decode(errors="replace")
