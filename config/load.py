@@ -62,12 +62,12 @@ class Configuration:
     def missing_paths(self, agent_id: str) -> list[str]:
         """A complaint for each plain path of the agent that is not there now."""
         spec = self.agents[agent_id]
-        required = [spec.root / path for path in spec.required] if spec.root.is_dir() else []
+        required = [spec.root / path for path in spec.required] if _is_there(spec.root) else []
         return [
             f"{self._where(('agents', agent_id, self._key_of(agent_id, path)))}no such path: {path}"
             f"{_nearest_path(path)}"
             for path in (spec.root, *required)
-            if not path.exists()
+            if not _is_there(path)
         ]
 
     def _key_of(self, agent_id: str, path: Path) -> str:
@@ -271,10 +271,18 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
+def _is_there(path: Path) -> bool:
+    """Also false where this user may not look."""
+    try:
+        return path.exists()
+    except PermissionError:
+        return False
+
+
 def _nearest_path(path: Path) -> str:
     """Where a path goes wrong first, the name there that is most like it."""
     missing = path
-    while not missing.parent.is_dir():
+    while not _is_there(missing.parent):
         missing = missing.parent
     try:
         near = get_close_matches(missing.name, [entry.name for entry in missing.parent.iterdir()], n=1)
@@ -283,7 +291,7 @@ def _nearest_path(path: Path) -> str:
     if not near:
         return f"; {missing.parent} is there" if missing != path else ""
     whole = missing.parent / near[0] / path.relative_to(missing)
-    return f"; did you mean {str(whole if whole.exists() else missing.parent / near[0])!r}?"
+    return f"; did you mean {str(whole if _is_there(whole) else missing.parent / near[0])!r}?"
 
 
 def _where(path: Path, text: str, location: _Location) -> str:

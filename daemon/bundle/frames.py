@@ -169,8 +169,8 @@ class FrameReader:
             if kind == _BLOCK_RESERVED or size_bytes > _MAX_BLOCK_BYTES:
                 raise MalformedBundle("a block breaks the rules of zstd")
             frame += block_header + self._exactly(1 if kind == _BLOCK_RLE else size_bytes, "a block")
-            if len(frame) > 2 * MAX_FRAME_CONTENT_BYTES:
-                raise MalformedBundle("a frame is larger than a frame may be")
+            if len(frame) > _largest_frame_bytes(parameters.content_size):
+                raise MalformedBundle("a frame is larger than its content can need")
         if descriptor & 0x04:
             frame += self._exactly(4, "a frame's checksum")
         return bytes(frame), parameters.content_size
@@ -191,6 +191,11 @@ def _header_bytes(descriptor: int) -> int:
     size_field = (1 if single_segment else 0, 2, 4, 8)[descriptor >> 6]
     dictionary_field = (0, 1, 2, 4)[descriptor & 3]
     return 4 + 1 + (0 if single_segment else 1) + dictionary_field + size_field
+
+
+def _largest_frame_bytes(content_bytes: int) -> int:
+    """What no compressor exceeds (ZSTD_COMPRESSBOUND), and a little."""
+    return content_bytes + (content_bytes >> 8) + 1024
 
 
 def _seek_table(table: list[tuple[int, int]]) -> bytes:

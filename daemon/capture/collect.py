@@ -280,7 +280,7 @@ class _Collector:
             **self._scan.failures,
             **self._scan.suspects,
             **self._sources.staging.failures,
-            **self._sources.vanished(),
+            **self._sources.missed(),
             **self._sources.failures,
         }
 

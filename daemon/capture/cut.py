@@ -21,6 +21,7 @@ Crash model: nothing here outlives the process but files in the caller's scratch
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
 import time
 from contextlib import ExitStack
@@ -46,9 +47,9 @@ def take_cut(spec: AgentSpec, scratch: Path, *, options: CutOptions | None = Non
     full). Whatever cannot be captured is in the result's `failures`, its raw bytes among the artifacts
     where they can be read.
     """
-    if not spec.root.is_dir():
+    if not os.path.isdir(spec.root):  # noqa: PTH112  that of a Path raises where this user may not look
         raise AgentNotFound(
-            f"agent {spec.agent_id!r} is not there: {spec.root} is no directory",
+            f"agent {spec.agent_id!r} is not there: {spec.root} is no directory, or not for this user",
             hint="mend `root` in the configuration, or bring the agent back with `agentkeep restore`",
         )
     options = options or CutOptions()

@@ -56,6 +56,8 @@ class Staging:
         """
         for path in [path for path in self.files if path not in wanted]:
             self.files.pop(path).copy.unlink()
+        for path in [path for path in self.failures if path not in wanted]:
+            del self.failures[path]
         self.update(wanted)
 
     def update(self, wanted: dict[str, Signature]) -> None:

@@ -149,6 +149,9 @@ class Scanner:
                     status = entry.stat(follow_symlinks=False)
                 except FileNotFoundError:
                     continue  # gone between listing and looking: the next reading decides
+                except OSError as exc:  # a directory may be open to be listed and not to be entered
+                    found.failures[directory] = self._closed(directory, exc)
+                    break
                 if stat.S_ISDIR(status.st_mode):
                     if self._enters(path, found):
                         found.directories[path] = stat.S_IMODE(status.st_mode)
@@ -157,19 +160,21 @@ class Scanner:
                     self._classify(path, status, found)
 
     def _entries(self, directory: str, found: Scan) -> Iterator[tuple[os.DirEntry[str], str]]:
-        where = self._spec.root / directory
         try:
-            with os.scandir(where) as entries:
+            with os.scandir(self._spec.root / directory) as entries:
                 for entry in entries:
                     yield entry, entry.name if directory == "." else f"{directory}/{entry.name}"
         except FileNotFoundError:
             return
         except OSError as exc:
-            found.failures[directory] = Failure(
-                source=str(where),
-                reason=f"cannot list the directory: {exc.strerror}",
-                hint="run agentkeep as the user who owns the agent's files",
-            )
+            found.failures[directory] = self._closed(directory, exc)
+
+    def _closed(self, directory: str, exc: OSError) -> Failure:
+        return Failure(
+            source=str(self._spec.root / directory),
+            reason=f"cannot look into the directory: {exc.strerror}",
+            hint="run agentkeep as the user who owns the agent's files",
+        )
 
     def _enters(self, path: str, found: Scan) -> bool:
         if path == self._git_directory:

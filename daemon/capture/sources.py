@@ -116,6 +116,7 @@ class OpenSources:
         moved -= self._hot | self.staging.failures.keys()
         moved |= before.files.keys() - self.scan.files.keys()
         moved |= before.databases.keys() ^ self.scan.databases.keys()
+        moved |= self._unopened()
         moved |= {path for path, _ in before.symlinks.items() ^ self.scan.symlinks.items()}
         return moved
 
@@ -141,8 +142,22 @@ class OpenSources:
             database.close()
             self._scanner.held_open.discard(database.identity)
 
-    def vanished(self) -> dict[str, Failure]:
-        """Databases that were there when the snapshot began and are not in its cut."""
+    def _unopened(self) -> set[str]:
+        """Databases that came after the others were opened."""
+        return self.scan.databases.keys() - self.databases.keys() - self.failures.keys()
+
+    def missed(self) -> dict[str, Failure]:
+        """Databases that were there when the snapshot began and are not in its cut, or came during it."""
+        return self._vanished() | {
+            path: Failure(
+                source=str(self.spec.root / path),
+                reason="appeared during the snapshot, which never found a quiet moment to open it",
+                hint="take the snapshot again",
+            )
+            for path in self._unopened()
+        }
+
+    def _vanished(self) -> dict[str, Failure]:
         return {
             path: Failure(
                 source=str(self.spec.root / path),

@@ -10,6 +10,7 @@ Source: https://sqlite.org/isolation.html, /wal.html, /backup.html, /pragma.html
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
 import time
@@ -62,9 +63,11 @@ class LiveDatabase:
             raise explain(exc, path) from exc
 
     def reading(self) -> tuple[object, ...]:
-        """Equal readings around a pin prove that no other connection committed and that the path is still
-        this file. Raises sqlite3.Error (busy) and OSError (vanished)."""
-        return (_first(self._probe, "PRAGMA data_version"), _identity(self.path))
+        """Equal readings around a pin prove that no other connection committed; the path is still this
+        file. Raises sqlite3.Error (busy) and OSError (vanished, or another file has its name)."""
+        if _identity(self.path) != self.identity:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(self.path))
+        return (_first(self._probe, "PRAGMA data_version"),)
 
     def pin(self) -> None:
         """Hold the database's present state. Raises sqlite3.Error (busy)."""
@@ -163,12 +166,12 @@ def explain(exc: sqlite3.Error, path: Path) -> DatabaseUnreadable:
             hint="turn WAL on in the agent (PRAGMA journal_mode=WAL): readers and writers no longer wait",
             may_pass=True,
         )
-    if code.startswith("SQLITE_READONLY"):
+    if code == "SQLITE_READONLY_ROLLBACK":
         return DatabaseUnreadable(
             f"{message}: a crashed writer's journal has to be rolled back first",
             hint="start the agent once (or open the database with sqlite3): that rolls it back",
         )
-    if not path.exists():
+    if not os.path.lexists(path):
         return _vanished()
     return DatabaseUnreadable(
         message,

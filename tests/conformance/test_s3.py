@@ -11,10 +11,11 @@ from functools import cache
 
 import pytest
 
-from storage_backends import Capabilities, StorageBackend, open_backend, s3
+from storage_backends import Capabilities, StorageBackend, open_backend
 from storage_backends.conformance import BackendConformance
-from storage_backends.s3 import make_client
-from storage_backends.s3_options import S3Options
+from storage_backends.s3 import backend as backend_module
+from storage_backends.s3.backend import make_client
+from storage_backends.s3.options import S3Options
 from tests.conformance.crooked_s3 import BUCKET, Behaviour, CrookedS3, running_crooked_s3
 from tests.conformance.places import S3Place
 
@@ -35,12 +36,14 @@ class S3Conformance(BackendConformance):
 
     @pytest.fixture(autouse=True)
     def small_pages(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(s3, "PAGE_KEYS", 100)
+        monkeypatch.setattr(backend_module, "PAGE_KEYS", 100)
 
     @pytest.fixture(autouse=True)
     def one_client_for_all(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Making one takes longer than most tests."""
-        monkeypatch.setattr(s3, "make_client", lambda options: shared_client(replace(options, prefix="")))
+        monkeypatch.setattr(
+            backend_module, "make_client", lambda options: shared_client(replace(options, prefix=""))
+        )
 
     @pytest.fixture
     def place(self) -> S3Place:

@@ -220,7 +220,11 @@ class Host:
 
     @contextmanager
     def started(
-        self, *arguments: str | Path, configured: bool = True, extra: Mapping[str, str] | None = None, **options: Any
+        self,
+        *arguments: str | Path,
+        configured: bool = True,
+        extra: Mapping[str, str] | None = None,
+        **options: Any,
     ) -> Iterator[Running]:
         """A command in the background. configured: with this host's configuration; extra: variables."""
         given = ["--config", str(self.config)] if configured else []
@@ -287,7 +291,10 @@ def freeze_when(running: Running, condition: Callable[[], bool], what: str) -> N
 
 def _is_frozen(running: Running) -> bool:
     """Every thread of it."""
-    states = [path.read_text().rpartition(")")[2].split()[0] for path in Path(f"/proc/{running.pid}/task").glob("*/stat")]
+    states = [
+        path.read_text().rpartition(")")[2].split()[0]
+        for path in Path(f"/proc/{running.pid}/task").glob("*/stat")
+    ]
     return not running.is_running() or set(states) <= {"T", "Z"}
 
 

@@ -102,7 +102,9 @@ def test_sigterm_in_the_middle_of_a_snapshot_finishes_it(host: Host) -> None:
 
 def test_a_restart_goes_on_from_the_catalog(host: Host) -> None:
     """Who was just backed up waits for the interval; who never was goes first."""
-    agents = {name: f'root = {quoted(small_agent(host, name))}\nschedule = "every 1h"' for name in ("ana", "bob")}
+    agents = {
+        name: f'root = {quoted(small_agent(host, name))}\nschedule = "every 1h"' for name in ("ana", "bob")
+    }
     host.configure(agents, top="concurrency = 1")
     host.agentkeep("snapshot", "ana", "--no-upload")
     with daemon(host) as running:
@@ -170,7 +172,8 @@ def test_one_dead_destination_holds_up_neither_another_nor_the_snapshots(host: H
         alive = f"url = {quoted(host.offsite.as_uri())}"
         root = small_agent(host)
         host.configure(
-            {"ana": f'root = {quoted(root)}\nschedule = "every 1s"'}, destinations={"dead": dead, "alive": alive}
+            {"ana": f'root = {quoted(root)}\nschedule = "every 1s"'},
+            destinations={"dead": dead, "alive": alive},
         )
         with daemon(host) as running:
             wait_until(lambda: len(host.bundles_at(host.offsite)) >= 3, "three bundles where it works")
@@ -188,8 +191,12 @@ def test_the_trouble_of_one_agent_does_not_end_the_protection_of_another(host: H
     (gone / "note.md").unlink()
     gone.rmdir()
     with daemon(host) as running:
-        wait_until(lambda: len(host.bundles_at(host.offsite / "tenants/default/snapshots/fine")) >= 2, "two of fine")
-        wait_until(lambda: "snapshot.incomplete agent=default/broken" in running.output(), "the alarm of broken")
+        wait_until(
+            lambda: len(host.bundles_at(host.offsite / "tenants/default/snapshots/fine")) >= 2, "two of fine"
+        )
+        wait_until(
+            lambda: "snapshot.incomplete agent=default/broken" in running.output(), "the alarm of broken"
+        )
         wait_until(lambda: "snapshot.failed agent=default/gone" in running.output(), "the alarm of gone")
         stop(running)
     complete = {record["agent_id"]: record["complete"] for record in host.snapshots()}

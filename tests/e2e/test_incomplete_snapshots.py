@@ -36,6 +36,10 @@ class Agent:
     def victim(self) -> Path:
         return self.root / "db/victim.sqlite"
 
+    def belongs_to_its_user(self) -> None:
+        if self.uid is not None:
+            subprocess.run(["chown", "-R", f"{self.uid}:{self.uid}", self.host.home], check=True)
+
     def expect_kept(self, *paths: Path) -> None:
         """These are to be found in the bundle as the raw bytes that they are now."""
         self.kept = {f"opaque/{path.relative_to(self.root)}": path.read_bytes() for path in paths}
@@ -60,8 +64,7 @@ def agent_at(home: Path, server: ForkServer, *, uid: int | None = None) -> Itera
             'rounds = { sqlite = "db/healthy.sqlite", query = "SELECT max(id) AS id FROM memories" }'
         }
     )
-    if uid is not None:
-        subprocess.run(["chown", "-R", f"{uid}:{uid}", home], check=True)
+    agent.belongs_to_its_user()
     yield agent
 
 
@@ -125,6 +128,7 @@ def rows_of(path: Path) -> int:
 
 
 def take_earlier(agent: Agent) -> None:
+    agent.belongs_to_its_user()
     assert agent.agentkeep("snapshot")["complete"] is True
     (agent.root / "note.md").write_text(NOW)
 
@@ -163,10 +167,10 @@ def empty_of_all_but_zeroes(path: Path) -> None:
 @pytest.mark.parametrize(
     ("breakage", "reason"),
     [
-        (corrupt_page, "quick check"),
+        (corrupt_page, "malformed"),
         (corrupt_schema, "malformed"),
         (cut_in_half, "malformed"),
-        (cut_within_header, "not a database"),
+        (cut_within_header, "malformed"),
         (encrypt, "not a SQLite database"),
         (empty_of_all_but_zeroes, "not a SQLite database"),
     ],
@@ -337,7 +341,7 @@ def test_a_wal_database_in_a_directory_that_may_not_be_written_is_named(unprivil
     agent.victim.parent.chmod(0o500)
     try:
         assert_named_kept_sealed_and_never_latest(
-            agent, source=str(agent.victim), reason="unable to open", hint="write permission on its directory"
+            agent, source=str(agent.victim), reason="readonly", hint="write permission on its directory"
         )
     finally:
         agent.victim.parent.chmod(0o700)
@@ -382,10 +386,10 @@ def test_a_state_file_that_is_gone_is_named(agent: Agent) -> None:
 @pytest.mark.parametrize(
     ("query", "reason"),
     [
-        ("SELECT nothing FROM memories", "no such column"),
+        ("SELECT salience FROM memories", "no such column"),
         ("DELETE FROM memories", "readonly"),
         ("SELECT * FROM memories JOIN memories AS again", "more than"),
-        ("PRAGMA user_version = 7", "no columns"),
+        ("PRAGMA user_version = 7", "readonly"),
     ],
 )
 def test_a_state_query_that_fails_is_named(agent: Agent, query: str, reason: str) -> None:
@@ -479,7 +483,11 @@ def test_an_agent_with_incomplete_snapshots_alone_has_no_latest(agent: Agent) ->
     encrypt(agent.victim)
     record = agent.agentkeep("snapshot", expecting=3)
     target = agent.host.home / "back"
-    for command in (["restore", "latest", "--to", target], ["verify", "latest"], ["export", "latest", "--to", target]):
+    for command in (
+        ["restore", "latest", "--to", target],
+        ["verify", "latest"],
+        ["export", "latest", "--to", target],
+    ):
         answer = agent.agentkeep(*command, expecting=66)
         assert "no complete snapshot" in answer["error"]["message"]
     assert not target.exists()

@@ -154,7 +154,9 @@ def test_export_and_verify_work_from_the_bucket_without_any_configuration(
     assert report["sha256"] == record["sha256"]
 
     exported = Path(
-        empty_host.document("export", snap, "--to", empty_host.home / "a/b/copy.tar.zst", configured=False)["path"]
+        empty_host.document("export", snap, "--to", empty_host.home / "a/b/copy.tar.zst", configured=False)[
+            "path"
+        ]
     )
     checked = subprocess.run(["sha256sum", "-c", "copy.tar.zst.sha256"], cwd=exported.parent, check=False)
     assert checked.returncode == 0
@@ -162,7 +164,10 @@ def test_export_and_verify_work_from_the_bucket_without_any_configuration(
     into = empty_host.home / "directory"
     into.mkdir()
     empty_host.agentkeep("export", snap, "--to", into, configured=False)
-    assert sorted(path.name for path in into.iterdir()) == [exported_name(record), exported_name(record) + ".sha256"]
+    assert sorted(path.name for path in into.iterdir()) == [
+        exported_name(record),
+        exported_name(record) + ".sha256",
+    ]
 
 
 def test_an_encrypted_bundle_is_verified_as_far_as_without_an_identity_can_be(
@@ -193,7 +198,11 @@ def test_a_missing_bundle_or_bucket_is_named_and_leaves_nothing(
         (f"s3://no-such-bucket/{record['key']}", 69),
         (f"{url}/tenants/default/snapshots/ana", 64),
     ):
-        for command in (["restore", snap, "--to", target], ["export", snap, "--to", target], ["verify", snap]):
+        for command in (
+            ["restore", snap, "--to", target],
+            ["export", snap, "--to", target],
+            ["verify", snap],
+        ):
             done = empty_host.agentkeep(*command, configured=False, expecting=exit_code)
             assert "fix:" in done.stderr, command
     assert list(empty_host.home.iterdir()) == [empty_host.offsite]
@@ -208,7 +217,9 @@ def test_latest_is_found_in_the_bucket_by_a_host_whose_catalog_is_gone(
     incomplete = host.document("snapshot", expecting=3)
     assert incomplete["uploads"] == {"offsite": "confirmed"}
     empty_host.config.write_text(
-        host.config.read_text().replace(str(host.state), str(empty_host.state)).replace(str(sample), str(empty_host.home / "ana"))
+        host.config.read_text()
+        .replace(str(host.state), str(empty_host.state))
+        .replace(str(sample), str(empty_host.home / "ana"))
     )
     restored = empty_host.document("restore", "latest", "--agent", "ana")
     assert restored["snapshot_id"] == complete["snapshot_id"]

@@ -86,7 +86,11 @@ def test_the_manifest_names_every_digest_for_sha256sum(host: Host, sample: Path,
     manifest = json.loads((tmp_path / "manifest.json").read_bytes())
     lines = [f"{a['sha256']}  {a['path_in_bundle']}\n" for a in manifest["artifacts"]]
     checked = subprocess.run(
-        ["sha256sum", "--check", "--strict", "--quiet"], input="".join(lines), text=True, cwd=tmp_path, check=False
+        ["sha256sum", "--check", "--strict", "--quiet"],
+        input="".join(lines),
+        text=True,
+        cwd=tmp_path,
+        check=False,
     )
     assert checked.returncode == 0
     unpacked = {

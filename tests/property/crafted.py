@@ -12,7 +12,7 @@ import struct
 import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import zstandard
 
@@ -127,7 +127,7 @@ class Member:
     type: bytes = tarfile.REGTYPE
     linkname: str = ""
     pax: dict[str, str] = field(default_factory=dict)
-    tar_format: int = tarfile.PAX_FORMAT
+    tar_format: Literal[0, 1, 2] = tarfile.PAX_FORMAT
     claimed_bytes: int | None = None
     raw: bytes | None = None
 

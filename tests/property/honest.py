@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from daemon.bundle.encryption import new_identity, parse_identities, parse_recipients
+from daemon.bundle.frames import Sink
 from daemon.bundle.reader import BundleContents, read_bundle
 from daemon.bundle.sibling import sibling_bytes
 from daemon.bundle.writer import write_bundle
@@ -81,13 +82,21 @@ def seal(
     agent_id: str = "ana",
     **facts: Any,
 ) -> Sealed:
-    key = BundleKey(tenant, agent_id, snapshot_id or new_snapshot_id(), encrypted=bool(recipients))
-    ceilings = Ceilings(members=len(pieces), total_bytes=sum(piece.size_bytes for piece in pieces))
-    header = Header(snapshot_id=key.snapshot_id, tenant=tenant, agent_id=agent_id, ceilings=ceilings)
     sink = io.BytesIO()
-    manifest = write_bundle(
+    key = BundleKey(tenant, agent_id, snapshot_id or new_snapshot_id(), encrypted=bool(recipients))
+    manifest = write(sink, key, pieces, recipients=recipients, **facts)
+    return Sealed(sink.getvalue(), manifest, key)
+
+
+def write(
+    sink: Sink, key: BundleKey, pieces: Sequence[Piece], *, recipients: Sequence[Any] = (), **facts: Any
+) -> Manifest:
+    ceilings = Ceilings(members=len(pieces), total_bytes=sum(piece.size_bytes for piece in pieces))
+    return write_bundle(
         sink,
-        header=header,
+        header=Header(
+            snapshot_id=key.snapshot_id, tenant=key.tenant, agent_id=key.agent_id, ceilings=ceilings
+        ),
         artifacts=pieces,
         facts={
             "created_at_ms": CREATED_AT_MS,
@@ -99,7 +108,6 @@ def seal(
         recipients=list(recipients),
         level=3,
     )
-    return Sealed(sink.getvalue(), manifest, key)
 
 
 def place(directory: Path, data: bytes, *, name: str = "bundle.tar.zst") -> LocalBundle:

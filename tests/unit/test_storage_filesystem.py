@@ -26,10 +26,10 @@ from storage_backends import (
     StorageError,
     StorageFull,
     Unavailable,
-    filesystem_incoming,
     open_backend,
 )
 from storage_backends.conformance import FailingSource, keys, noise, read
+from storage_backends.filesystem import incoming as incoming_files
 
 ROOT = Path(storage_backends.__file__).parents[1]
 
@@ -107,7 +107,7 @@ def test_the_file_of_another_host_is_left_alone_for_a_day(base: Path, backend: S
     recent, old = (base / ".incoming" / f"{'0' * 12}-{name}" for name in ("recent", "old"))
     for path in (recent, old):
         path.write_bytes(b"x")
-    day_ago = time.time() - filesystem_incoming.FOREIGN_STALE_SECONDS - 60
+    day_ago = time.time() - incoming_files.FOREIGN_STALE_SECONDS - 60
     os.utime(old, (day_ago, day_ago))
     backend.put("c", BytesSource(b"1"))
     assert incoming(base) == [recent]
@@ -127,7 +127,7 @@ def test_a_finished_object_survives_the_cleaning_of_its_second_name(
 ) -> None:
     """Death between link(2) and unlink(2)."""
     backend.put("a", BytesSource(b"kept"))
-    mark = filesystem_incoming._host_mark()
+    mark = incoming_files._host_mark()
     os.link(base / "a", base / ".incoming" / f"{mark}-dead")
     open_backend(base.as_uri(), {}).put("b", BytesSource(b"1"))
     assert incoming(base) == []
@@ -251,7 +251,7 @@ def test_bytes_are_synced_before_the_name_and_the_directories_too(
         real_link(*args, **kwargs)
 
     backend.probe()
-    mark = filesystem_incoming._host_mark()
+    mark = incoming_files._host_mark()
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "link", link)
     backend.put("x/y/z", BytesSource(b"1"))
@@ -284,7 +284,7 @@ def test_a_file_system_that_can_neither_link_nor_rename_safely_is_refused(
         raise OSError(errno.EPERM, "no hard links here")
 
     monkeypatch.setattr(os, "link", link)
-    monkeypatch.setattr(filesystem_incoming.ctypes, "CDLL", Libc)
+    monkeypatch.setattr(incoming_files.ctypes, "CDLL", Libc)
     with pytest.raises(StorageError, match="hard links"):
         backend.probe()
     with pytest.raises(StorageError, match="hard links"):

@@ -19,7 +19,7 @@ from storage_backends import (
     StorageFull,
     Unavailable,
 )
-from storage_backends.s3_errors import RangePastEnd, UploadGone, translated
+from storage_backends.s3.errors import RangePastEnd, UploadGone, translated
 
 
 @pytest.mark.parametrize(

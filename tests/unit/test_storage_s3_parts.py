@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage_backends import BytesSource
-from storage_backends.s3_bucket import Page
-from storage_backends.s3_listing import walk
-from storage_backends.s3_traits import Traits
-from storage_backends.s3_upload import MAX_PARTS, ResumeToken, part_size_for
+from storage_backends.s3.bucket import Page
+from storage_backends.s3.listing import walk
+from storage_backends.s3.traits import Traits
+from storage_backends.s3.upload import MAX_PARTS, ResumeToken, part_size_for
 
 MIB = 1 << 20
 NOW = datetime.now(UTC)

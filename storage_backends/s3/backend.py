@@ -1,7 +1,7 @@
 """Objects in an S3 bucket, of any provider: `s3://bucket/prefix`.
 
 Owns the client, the options, and the choice of request for each operation of the contract. What a
-provider can do is tried on the first put (`s3_traits`), remembered, and relied on from then on:
+provider can do is tried on the first put (`traits`), remembered, and relied on from then on:
 where it checks SHA-256, every request carries one; where it does not, Content-MD5 goes along and the
 ETag is compared; where it ignores `If-None-Match`, the key is looked up first. Must not retry:
 that is a layer (`layers.Retrying`).
@@ -22,7 +22,6 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ProfileNotFound
 
-from storage_backends import s3_upload
 from storage_backends.base import (
     Capabilities,
     ContainerNotFound,
@@ -38,11 +37,12 @@ from storage_backends.base import (
     validate_key,
     validate_range,
 )
-from storage_backends.s3_bucket import Bucket
-from storage_backends.s3_errors import RangePastEnd
-from storage_backends.s3_listing import walk
-from storage_backends.s3_options import OPTION_NAMES, S3Options, parse
-from storage_backends.s3_traits import Traits, probe_parts, probe_puts
+from storage_backends.s3 import upload
+from storage_backends.s3.bucket import Bucket
+from storage_backends.s3.errors import RangePastEnd
+from storage_backends.s3.listing import walk
+from storage_backends.s3.options import OPTION_NAMES, S3Options, parse
+from storage_backends.s3.traits import Traits, probe_parts, probe_puts
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -98,12 +98,12 @@ class S3Backend(StorageBackend):
             traits = self._traits_of_puts()
             if not traits.refuses_taken:
                 self._require_free(key)
-            s3_upload.put_whole(self._bucket, key, source, traits=traits)
+            upload.put_whole(self._bucket, key, source, traits=traits)
             proven = traits.verifies_sha256
         else:
             traits = self._traits_of_parts()
             self._require_free(key)  # spares sending all of it for nothing
-            proven = s3_upload.put_in_parts(
+            proven = upload.put_in_parts(
                 self._bucket,
                 key,
                 source,
@@ -153,7 +153,7 @@ class S3Backend(StorageBackend):
 
     def discard(self, key: str, resume: str) -> None:
         validate_key(key)
-        s3_upload.discard(self._bucket, key, resume)
+        upload.discard(self._bucket, key, resume)
 
     def close(self) -> None:
         self._bucket.close()

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Self
 
 from storage_backends.base import ObjectExists, StorageError, Unavailable
-from storage_backends.filesystem_io import make_child_directory, translated
+from storage_backends.filesystem.io import make_child_directory, translated
 
 DIRECTORY_NAME = ".incoming"
 FOREIGN_STALE_SECONDS = 24 * 3600

@@ -25,7 +25,7 @@ from storage_backends.base import (
     StorageFull,
     Unavailable,
 )
-from storage_backends.s3_bucket import Bucket, Part
+from storage_backends.s3.bucket import Bucket, Part
 
 PROBE_KEY = ".agentkeep-probe"
 WRONG_DIGEST_KEY = ".agentkeep-probe-digest"

@@ -37,8 +37,8 @@ from storage_backends.base import (
     validate_key,
     validate_range,
 )
-from storage_backends.filesystem_incoming import Incoming, name_without_replacing
-from storage_backends.filesystem_io import (
+from storage_backends.filesystem.incoming import Incoming, name_without_replacing
+from storage_backends.filesystem.io import (
     RegularFile,
     fsync_directory,
     is_regular,

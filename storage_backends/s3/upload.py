@@ -22,10 +22,10 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 
 from storage_backends.base import Corrupted, ObjectExists, Source, StorageError
-from storage_backends.s3_body import Digests, hash_part, require_digest, send
-from storage_backends.s3_bucket import Bucket, Part
-from storage_backends.s3_errors import UploadGone
-from storage_backends.s3_traits import Traits
+from storage_backends.s3.body import Digests, hash_part, require_digest, send
+from storage_backends.s3.bucket import Bucket, Part
+from storage_backends.s3.errors import UploadGone
+from storage_backends.s3.traits import Traits
 
 MAX_PARTS = 10_000
 IN_FLIGHT = 2

@@ -13,7 +13,7 @@ import heapq
 from collections.abc import Iterator
 
 from storage_backends.base import ObjectInfo, directory_of, is_valid_key
-from storage_backends.s3_bucket import Bucket
+from storage_backends.s3.bucket import Bucket
 
 
 def walk(bucket: Bucket, *, prefix: str, start_after: str, page_keys: int) -> Iterator[ObjectInfo]:
