@@ -26,7 +26,7 @@ from benchmarks.process_tree import Measurement, measure
 from demo.bucket import Destination, bundles, directory_destination, s3_destination
 from demo.configuration import write_configuration
 from demo.host import Host, agentkeep_command
-from tests.harness.sample_agent import RestoredPaths, prove, running_writer
+from tests.harness.sample_agent import ProofError, RestoredPaths, prove, running_writer
 
 AGENT = "ana"
 SEED = 700
@@ -49,6 +49,7 @@ class Figures:
     cpu_seconds: float
     peak_pss_bytes: int
     peak_rss_bytes: int
+    samples: int
     under_target: bool
 
     @classmethod
@@ -59,6 +60,7 @@ class Figures:
             cpu_seconds=round(measured.cpu_seconds, 2),
             peak_pss_bytes=measured.peak_pss_bytes,
             peak_rss_bytes=measured.peak_rss_bytes,
+            samples=measured.samples,
             under_target=measured.peak_bytes < TARGET_PEAK_BYTES,
         )
 
@@ -81,8 +83,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=arguments.scratch, prefix="agentkeep-benchmark-") as directory:
         try:
             report = _run(Path(directory), arguments)
-        except StepFailed as exc:
-            sys.stderr.write(f"{exc}\n")
+        except (StepFailed, ProofError) as exc:
+            sys.stderr.write(f"{type(exc).__name__}: {exc}\n")
             return 1
     if arguments.json:
         sys.stdout.write(json.dumps(asdict(report), indent=2) + "\n")
@@ -170,23 +172,25 @@ def _progress(text: str) -> None:
 
 def _print_table(report: Report) -> None:
     state = "while it was writing" if report.agent_was_writing else "at rest"
+    target = _mb(report.target_peak_bytes)
     table = Table(
-        title=f"agent {_mb(report.agent_bytes)}, {state}; bundle {_mb(report.bundle_bytes)}",
-        caption=f"{report.rows_proven:,} rows came back as written. Destination: {report.destination}. "
-        f"{report.cpus} cores, {report.memory_bytes / 2**30:.0f} GiB.",
+        title=f"an agent of {_mb(report.agent_bytes)}, {state}; its bundle: {_mb(report.bundle_bytes)}",
+        caption=f"All {report.rows_proven:,} rows came back as written. {report.destination}, on the same "
+        f"machine: {report.cpus} cores, {report.memory_bytes / 2**30:.0f} GiB.",
+        caption_justify="left",
     )
     table.add_column("step")
-    for heading in ("wall s", "CPU s", "peak PSS, tree", "peak RSS, process"):
+    for heading in ("wall", "CPU", "peak PSS\n(all processes)", "peak RSS\n(largest process)"):
         table.add_column(heading, justify="right")
-    table.add_column(f"target < {_mb(report.target_peak_bytes)}")
+    table.add_column(f"target:\n< {target}")
     for figures in report.steps:
         table.add_row(
             figures.step,
-            f"{figures.wall_seconds:.1f}",
-            f"{figures.cpu_seconds:.1f}",
+            f"{figures.wall_seconds:.1f} s",
+            f"{figures.cpu_seconds:.1f} s",
             _mb(figures.peak_pss_bytes),
             _mb(figures.peak_rss_bytes),
-            "under" if figures.under_target else "OVER",
+            "met" if figures.under_target else "MISSED",
         )
     Console().print(table)
 

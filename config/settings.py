@@ -190,7 +190,7 @@ class Settings(BaseSettings):
     )
 
     state_dir: AbsolutePath = Field(default_factory=_default_state_dir)
-    lock_timeout_seconds: Annotated[float, Field(ge=0)] = 0.0
+    lock_timeout_seconds: Annotated[float, Field(ge=0)] = 30.0
     upload_interval_seconds: Annotated[float, Field(gt=0)] = 30.0
     concurrency: Annotated[int, Field(ge=1, le=64)] = 2
     agents: dict[Name, AgentSettings] = Field(default_factory=dict)

@@ -164,7 +164,7 @@ class Catalog:
 
     def last_attempt_ms(self, tenant: str, agent_id: str) -> int | None:
         """When the newest snapshot of an agent was made, complete or not."""
-        with self._transaction() as db:
+        with self._transaction(writing=False) as db:
             (newest,) = db.execute(
                 "SELECT max(created_at_ms) FROM snapshots WHERE tenant = ? AND agent_id = ? AND sealed = 1",
                 (tenant, agent_id),
@@ -202,10 +202,12 @@ class Catalog:
     def _select(
         self, where: str, values: tuple[object, ...], *, order: str = "snapshot_id"
     ) -> list[SnapshotRecord]:
-        with self._transaction() as db:
-            # `where` and `order` are constants of this module; values are bound.
-            rows = db.execute(f"SELECT * FROM snapshots WHERE {where} ORDER BY {order}", values).fetchall()  # noqa: S608
-            return [_record(row, _uploads(db, row["snapshot_id"])) for row in rows]
+        # `where` and `order` are constants of this module; values are bound.
+        chosen = f"FROM snapshots WHERE {where} ORDER BY {order}"
+        with self._transaction(writing=False) as db:
+            rows = db.execute(f"SELECT * {chosen}", values).fetchall()
+            uploads = _uploads(db, f"(SELECT snapshot_id {chosen})", values)
+        return [_record(row, uploads.get(row["snapshot_id"], {})) for row in rows]
 
     @contextmanager
     def _connected(self) -> Iterator[sqlite3.Connection]:
@@ -217,11 +219,11 @@ class Catalog:
             raise self._unusable(exc) from exc
 
     @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def _transaction(self, *, writing: bool = True) -> Iterator[sqlite3.Connection]:
         with self._connected() as db:
             db.execute("PRAGMA synchronous = FULL")
             db.execute("PRAGMA foreign_keys = ON")
-            db.execute("BEGIN IMMEDIATE")
+            db.execute("BEGIN IMMEDIATE" if writing else "BEGIN")
             yield db
             db.execute("COMMIT")
 
@@ -232,18 +234,21 @@ class Catalog:
         )
 
 
-def _uploads(db: sqlite3.Connection, snapshot_id: str) -> dict[str, Upload]:
-    rows = db.execute("SELECT * FROM uploads WHERE snapshot_id = ? ORDER BY destination", (snapshot_id,))
-    return {
-        row["destination"]: Upload(
+def _uploads(
+    db: sqlite3.Connection, chosen_ids: str, values: tuple[object, ...]
+) -> dict[str, dict[str, Upload]]:
+    """The uploads of some snapshots, by snapshot and destination."""
+    query = f"SELECT * FROM uploads WHERE snapshot_id IN {chosen_ids} ORDER BY destination"  # noqa: S608
+    uploads: dict[str, dict[str, Upload]] = {}
+    for row in db.execute(query, values):
+        uploads.setdefault(row["snapshot_id"], {})[row["destination"]] = Upload(
             state=UploadState(row["state"]),
             attempts=row["attempts"],
             last_error=row["last_error"],
             updated_at_ms=row["updated_at_ms"],
             resume_token=row["resume_token"],
         )
-        for row in rows
-    }
+    return uploads
 
 
 def _record(row: sqlite3.Row, uploads: dict[str, Upload]) -> SnapshotRecord:

@@ -24,7 +24,7 @@ from apscheduler.triggers.cron import CronTrigger
 from apscheduler.triggers.interval import IntervalTrigger
 
 from daemon.destinations import Destination
-from daemon.errors import AgentkeepError, ExitCode
+from daemon.errors import AgentkeepError, BusyError, ExitCode
 from daemon.model import AgentSpec, SnapshotRecord
 from daemon.schedule import Schedule
 from daemon.snapshots import Sealing, Store, take_snapshot
@@ -190,9 +190,15 @@ class _Uploader:
             return False
         for snapshot_id, _ in report.confirmed:
             event("upload.confirmed", fields={"snapshot": snapshot_id, "destination": name})
-        for snapshot_id, _, exc in report.failed:
+        failed = [(snapshot_id, exc) for snapshot_id, _, exc in report.failed if not _is_busy(exc)]
+        for snapshot_id, exc in failed:
             _log_failure("upload.failed", exc, snapshot=snapshot_id, destination=name)
-        return not report.failed
+        return not failed
+
+
+def _is_busy(exc: AgentkeepError) -> bool:
+    """The command line is uploading there: what it leaves is ours at the next interval."""
+    return isinstance(exc, BusyError)
 
 
 def trigger_of(schedule: Schedule) -> IntervalTrigger | CronTrigger:

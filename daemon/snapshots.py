@@ -67,11 +67,10 @@ class Store:
             yield
 
     @contextmanager
-    def locked_destination(self, name: str) -> Iterator[None]:
+    def locked_destination(self, name: str, *, timeout_seconds: float) -> Iterator[None]:
         """Be the only one that uploads to a destination. Raises BusyError."""
         path = self.state_dir / "locks" / f"upload.{name}.lock"
-        what = f"destination {name!r}"
-        with durable.file_lock(path, what=what, timeout_seconds=self._lock_timeout_seconds):
+        with durable.file_lock(path, what=f"destination {name!r}", timeout_seconds=timeout_seconds):
             yield
 
     def _is_in_place(self, record: SnapshotRecord) -> bool:

@@ -21,6 +21,7 @@ from daemon.bundle.sibling import HashingReader, sibling_bytes
 from daemon.destinations import Destination
 from daemon.errors import (
     AgentkeepError,
+    BusyError,
     IntegrityError,
     RefusedError,
     SiblingMismatch,
@@ -54,13 +55,14 @@ def drain_outbox(
     destinations: Iterable[Destination],
     *,
     only: str | None = None,
+    patience_seconds: float = 0.0,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> UploadReport:
     """Upload what waits for each destination, oldest first; `only` that snapshot if given.
 
     A destination that is unreachable is left alone for the rest of the call; a bundle that it refuses
-    does not hold up the others. Idempotent. Raises nothing for what a destination does: that is in the
-    report and in the catalog.
+    does not hold up the others. patience_seconds: how long to wait for another process that is uploading
+    there. Idempotent. Raises nothing for what a destination does: that is in the report and in the catalog.
     """
     report = UploadReport()
     for destination in destinations:
@@ -70,15 +72,23 @@ def drain_outbox(
             if only is not None and record.snapshot_id != only:
                 continue
             try:
-                with store.locked_destination(destination.name):
-                    upload(store, record, destination)
+                with store.locked_destination(destination.name, timeout_seconds=patience_seconds):
+                    _upload_unless_done(store, record.snapshot_id, destination)
             except AgentkeepError as exc:
                 report.failed.append((record.snapshot_id, destination.name, exc))
-                if isinstance(exc, StorageUnavailable | RefusedError):
+                if isinstance(exc, StorageUnavailable | RefusedError | BusyError):
                     break
             else:
                 report.confirmed.append((record.snapshot_id, destination.name))
     return report
+
+
+def _upload_unless_done(store: Store, snapshot_id: str, destination: Destination) -> None:
+    """Whoever held the destination before us may have uploaded this one."""
+    record = store.catalog.find(snapshot_id)
+    known = record.uploads.get(destination.name)
+    if known is None or known.state != UploadState.CONFIRMED:
+        upload(store, record, destination)
 
 
 def upload(store: Store, record: SnapshotRecord, destination: Destination) -> None:

@@ -236,16 +236,13 @@ class Scanner:
         (found.databases if is_database else found.files)[path] = signature
 
     def _is_database(self, path: str, signature: Signature) -> bool:
-        # A database stays one while its inode lives; anything else is looked at again when it changes.
-        database_key = (*signature.identity, 0)
-        file_key = (*signature.identity, signature.ctime_ns)
-        if self._known.get(database_key) or signature.identity in self.held_open:
+        if signature.identity in self.held_open:
             return True
-        if file_key not in self._known:
-            is_database = _has_sqlite_header(self._spec.root / path)
-            self._known[database_key if is_database else file_key] = is_database
-            return is_database
-        return False
+        # Looked at again when it changes: its inode may be another file's by then.
+        key = (*signature.identity, signature.ctime_ns)
+        if key not in self._known:
+            self._known[key] = _has_sqlite_header(self._spec.root / path)
+        return self._known[key]
 
     @staticmethod
     def _drop_sidecars(found: Scan) -> None:

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from daemon.locate import Bundle
     from daemon.restore import RestoreReport
 
+# The daemon may be uploading there just now.
+_UPLOAD_PATIENCE_SECONDS = 600.0
+
 app = typer.Typer(
     name="agentkeep",
     help="Keeps the memory of AI agents safe: snapshots, verifiable bundles, recovery by bucket key.",
@@ -95,7 +98,9 @@ def snapshot(
     record = take_snapshot(host.store, spec, sealing=host.sealing, destinations=names, label=label)
     failed: list[AgentkeepError] = []
     if not no_upload:
-        report = drain_outbox(host.store, destinations, only=record.snapshot_id)
+        report = drain_outbox(
+            host.store, destinations, only=record.snapshot_id, patience_seconds=_UPLOAD_PATIENCE_SECONDS
+        )
         failed = [error for _, _, error in report.failed]
         record = host.store.catalog.find(record.snapshot_id)
     if host.as_json:
@@ -264,7 +269,7 @@ def upload(context: typer.Context) -> int:
     from daemon.transfer import drain_outbox
 
     host: Host = context.obj
-    report = drain_outbox(host.store, host.destinations.values())
+    report = drain_outbox(host.store, host.destinations.values(), patience_seconds=_UPLOAD_PATIENCE_SECONDS)
     if host.as_json:
         render.print_json(
             {
