@@ -12,6 +12,7 @@ import errno
 import fcntl
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -114,9 +115,12 @@ def rename_into_place(temporary: Path, final: Path) -> None:
 
 def write_file(path: Path, data: bytes, *, mode: int = 0o600) -> None:
     """Write a small file whole or not at all, replacing one of that name. Raises LocalWriteError."""
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}.{os.getpid()}")
+    # Of this thread alone, so one that is there is of a process that was killed: in a container the next
+    # one mostly has the same id.
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}.{os.getpid()}.{threading.get_native_id()}")
     with translating_os_errors("write", path):
         try:
+            temporary.unlink(missing_ok=True)
             with create_private(temporary) as stream:
                 stream.write(data)
                 os.fchmod(stream.fileno(), mode)

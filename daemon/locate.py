@@ -8,17 +8,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
 from daemon.bundle.sibling import MAX_SIBLING_BYTES, parse_sibling
-from daemon.destinations import Destination
+from daemon.destinations import Destination, translating_storage_errors
 from daemon.errors import (
+    AgentkeepError,
+    RefusedError,
     SiblingMissing,
     SnapshotNotFound,
+    StorageUnavailable,
     UsageError,
 )
 from daemon.model import (
@@ -105,11 +108,14 @@ class LocalBundle(Bundle):
             raise SnapshotNotFound(f"cannot read {self.path}: {exc.strerror}") from exc
 
     def sibling_data(self) -> bytes | None:
+        path = self.path.with_name(self.path.name + SIBLING_SUFFIX)
         try:
-            with self.path.with_name(self.path.name + SIBLING_SUFFIX).open("rb") as stream:
+            with path.open("rb") as stream:
                 return stream.read(MAX_SIBLING_BYTES + 1)
         except FileNotFoundError:
             return None
+        except OSError as exc:
+            raise SiblingMissing(f"cannot read {path}: {exc.strerror}") from exc
 
 
 @dataclass(slots=True)
@@ -263,12 +269,23 @@ def _by_key(key: BundleKey, places: Places) -> Iterator[Bundle]:
 
 @contextmanager
 def _first_remote(keys: Sequence[BundleKey], places: Places) -> Iterator[Bundle | None]:
+    """The first destination that has one of the keys. One that cannot be asked does not keep the bundle
+    from being found at the next; only where none has it, that is the answer."""
+    unasked: AgentkeepError | None = None
     for destination in places.destinations.values():
-        with destination.opened() as backend:
-            for key in keys:
-                if _exists(backend, key):
-                    yield RemoteBundle(backend, destination.name, key)
-                    return
+        with ExitStack() as stack:
+            try:
+                backend = stack.enter_context(destination.opened())
+                with translating_storage_errors(destination.name):
+                    found = next((key for key in keys if _exists(backend, key)), None)
+            except (StorageUnavailable, RefusedError) as exc:
+                unasked = unasked or exc
+                continue
+            if found is not None:
+                yield RemoteBundle(backend, destination.name, found)
+                return
+    if unasked is not None:
+        raise unasked
     yield None
 
 
@@ -309,18 +326,23 @@ def _latest(
 def _latest_remote(
     places: Places, tenant: str, agent: str, not_after: datetime | None, is_complete: IsComplete | None
 ) -> Iterator[Bundle | None]:
-    """The newest complete bundle at the destinations; whether it is complete only the bundle itself says."""
+    """The newest complete bundle at all destinations; whether it is complete only the bundle itself says.
+
+    All of them have to answer: one that does not may have a newer one.
+    """
+    candidates: list[tuple[BundleKey, Destination]] = []
     for destination in places.destinations.values():
         with destination.opened() as backend:
-            infos = backend.list(agent_prefix(tenant, agent))
-            keys = [key for info in infos if (key := BundleKey.parse(info.key)) is not None]
-            for key in reversed(keys):
-                if not_after is not None and snapshot_time(key.snapshot_id) > not_after:
-                    continue
-                bundle = RemoteBundle(backend, destination.name, key)
-                if is_complete is None or is_complete(bundle):
-                    yield bundle
-                    return
+            for info in backend.list(agent_prefix(tenant, agent)):
+                key = BundleKey.parse(info.key)
+                if key and (not_after is None or snapshot_time(key.snapshot_id) <= not_after):
+                    candidates.append((key, destination))
+    for key, destination in sorted(candidates, key=lambda item: item[0].snapshot_id, reverse=True):
+        with destination.opened() as backend:
+            bundle = RemoteBundle(backend, destination.name, key)
+            if is_complete is None or is_complete(bundle):
+                yield bundle
+                return
     yield None
 
 

@@ -248,6 +248,12 @@ def _check_snapshot_id(text: str) -> str:
     return text
 
 
+def _presentable(text: str) -> str:
+    """A path may hold bytes that are not UTF-8; what is said of it may not. Idempotent."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+Presentable = Annotated[str, AfterValidator(_presentable)]
 MemberName = Annotated[str, AfterValidator(_check_member_name)]
 Name = Annotated[str, AfterValidator(_check_name)]
 SnapshotId = Annotated[str, AfterValidator(_check_snapshot_id)]
@@ -321,9 +327,9 @@ class Excluded(_Record):
 class Failure(_Record):
     """A source that could not be captured as it should have been. Any of these: `complete` is false."""
 
-    source: str
-    reason: str
-    hint: str = ""
+    source: Presentable
+    reason: Presentable
+    hint: Presentable = ""
     kept_as: tuple[MemberName, ...] = Field(default=(), strict=False)
 
 
@@ -338,7 +344,7 @@ class Consistency(_Record):
     level: Literal["point_in_time", "per_source"]
     window_ms: Count
     attempts: Count
-    moved: tuple[str, ...] = Field(default=(), strict=False)
+    moved: tuple[Presentable, ...] = Field(default=(), strict=False)
 
 
 class GitFacts(_Record):

@@ -180,9 +180,12 @@ class _Collector:
 
     def _note_moved(self, path: str) -> None:
         """One source is of another moment than the rest."""
-        moved = sorted({*self._capture.consistency.moved, path})
-        self._capture.consistency = self._capture.consistency.model_copy(
-            update={"level": "per_source", "moved": tuple(moved)}
+        held = self._capture.consistency
+        self._capture.consistency = Consistency(
+            level="per_source",
+            window_ms=held.window_ms,
+            attempts=held.attempts,
+            moved=tuple(sorted({*held.moved, path})),
         )
 
     # --- git, files, state ------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from urllib.parse import quote
 _BUSY_TIMEOUT_MS = 250
 _STEP_PAGES = 512
 _SQLITE_DONE = 101
+_NO_ROOM = ("SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_IOERR_TRUNCATE", "SQLITE_IOERR_CLOSE")
 _UNPINNED_LIMIT_SECONDS = 120.0
 
 
@@ -91,7 +92,7 @@ class LiveDatabase:
     def copy_to(self, target: Path, *, deadline: float) -> None:
         """Copy the database page by page; layout and rowids stay. With a pin the copy is the pinned state.
 
-        Raises PinExpired past `deadline` (time.monotonic), and DatabaseUnreadable.
+        Raises PinExpired past `deadline` (time.monotonic), DatabaseUnreadable, and OSError (no room).
         """
 
         def check_deadline(status: int, _remaining: int, _total: int) -> None:
@@ -105,11 +106,15 @@ class LiveDatabase:
                 copy.execute("PRAGMA synchronous=OFF")  # the bundle is what gets fsynced
                 connection.backup(copy, pages=_STEP_PAGES, progress=check_deadline, sleep=0.005)
         except sqlite3.Error as exc:
+            if (
+                getattr(exc, "sqlite_errorname", "") in _NO_ROOM
+            ):  # for the copy: the agent's own file is only read
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target)) from exc
             raise explain(exc, self.path) from exc
 
     def copy_unpinned(self, target: Path) -> None:
         """Copy in short steps, each holding its lock for milliseconds; SQLite starts over when a writer
-        came between, so the copy is one state. Raises DatabaseUnreadable."""
+        came between, so the copy is one state. Raises DatabaseUnreadable, OSError."""
         self.release()
         try:
             self.copy_to(target, deadline=time.monotonic() + _UNPINNED_LIMIT_SECONDS)
@@ -135,7 +140,7 @@ class LiveDatabase:
 def check_copy(copy: Path) -> None:
     """Prove a finished private copy sound with SQLite's quick check. Raises DatabaseUnreadable."""
     # immutable: ours alone, no WAL beside it, and no sidecars wanted
-    uri = f"file:{quote(str(copy))}?mode=ro&immutable=1"
+    uri = f"file:{quote(os.fsencode(copy))}?mode=ro&immutable=1"
     try:
         with closing(sqlite3.connect(uri, uri=True)) as connection:
             connection.execute("PRAGMA trusted_schema=OFF")
@@ -202,7 +207,7 @@ def _identity(path: Path) -> tuple[int, int]:
 
 def _open_read_only(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(
-        f"file:{quote(str(path))}?mode=ro",
+        f"file:{quote(os.fsencode(path))}?mode=ro",
         uri=True,
         isolation_level=None,
         timeout=_BUSY_TIMEOUT_MS / 1000,

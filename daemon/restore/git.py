@@ -7,6 +7,7 @@ are the new repository's own.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
 
@@ -68,9 +69,24 @@ def _install_pack(repository: pygit2.Repository, bundle: Path, index: Path, fact
         stream.seek(-20, 2)
         name = stream.read().hex()
     pack.rename(pack_directory / f"pack-{name}.pack")
+    _check_index(index, pack_name=name)
     shutil.copyfile(index, pack_directory / f"pack-{name}.idx")
     for path in pack_directory.iterdir():
         path.chmod(0o444)
+
+
+def _check_index(index: Path, *, pack_name: str) -> None:
+    """Its trailer names the pack and then itself. libgit2 checks neither."""
+    digest = hashlib.sha1(usedforsecurity=False)
+    with index.open("rb") as stream:
+        left, tail = index.stat().st_size - 20, b""
+        while left > 0 and (data := stream.read(min(left, 1 << 20))):
+            digest.update(data)
+            left -= len(data)
+            tail = (tail + data)[-20:]
+        said = stream.read()
+    if left != 0 or tail.hex() != pack_name or said != digest.digest():
+        raise MalformedBundle("the index of the git pack is damaged, or of another pack")
 
 
 def _read_bundle_header(stream: object) -> dict[str, str]:

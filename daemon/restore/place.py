@@ -11,7 +11,7 @@ import base64
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,12 +24,15 @@ from daemon.model import (
     ArtifactKind,
     Header,
     Manifest,
+    Symlink,
     from_member_name,
     is_safe_member_name,
     mtime_ns_of,
 )
 from daemon.restore.git import rebuild_repository
 from daemon.restore.unpack import Progress, member_path, unpack
+
+_MAX_TARGET_BYTES = 4095  # PATH_MAX, without its NUL
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,13 +154,33 @@ def _is_within(name: str, manifest: Manifest) -> bool:
 def _prepared(target: Path) -> Iterator[Path]:
     """Scratch beside the target, for one restore at a time. Raises RefusedError, BusyError."""
     _refuse_occupied(target)
-    with durable.translating_os_errors("make the directory", target.parent):
-        target.parent.mkdir(parents=True, exist_ok=True)
     what = f"a restore to {target}"
-    with durable.scratch_directory(target.parent, f"restore-{target.name}", what=what) as scratch:
+    with (
+        _made(target.parent),
+        durable.scratch_directory(target.parent, f"restore-{target.name}", what=what) as scratch,
+    ):
         (scratch / "parts").mkdir(mode=0o700)
         (scratch / "tree").mkdir(mode=0o700)
         yield scratch
+
+
+@contextmanager
+def _made(directory: Path) -> Iterator[None]:
+    """A directory and those above it, made where they are missing, and gone again if nothing comes of it."""
+    missing = []
+    while not os.path.lexists(directory):
+        missing.append(directory)
+        directory = directory.parent
+    try:
+        for path in reversed(missing):
+            with durable.translating_os_errors("make the directory", path):
+                path.mkdir(exist_ok=True)
+        yield
+    except BaseException:
+        for path in missing:
+            with suppress(OSError):  # not there, or somebody else has put something in it
+                path.rmdir()
+        raise
 
 
 def _refuse_occupied(target: Path) -> None:
@@ -197,7 +220,7 @@ def _move(name: str, kind: ArtifactKind, parts: Path, tree: Path, layout: Layout
     if kind in (ArtifactKind.GIT_BUNDLE, ArtifactKind.GIT_INDEX):
         return True
     source = member_path(name)
-    place = layout.place(*str(source).split("/", 1))
+    place = _place_of(name, layout)
     if place is None:
         return False
     target = tree / place
@@ -215,7 +238,10 @@ def _make_directories(manifest: Manifest, tree: Path, layout: Layout) -> None:
     for directory in manifest.directories:
         place = _place_of_directory(directory.path, layout)
         if place is not None:
-            (tree / place).mkdir(parents=True, exist_ok=True, mode=0o700)
+            try:
+                (tree / place).mkdir(parents=True, exist_ok=True, mode=0o700)
+            except (FileExistsError, NotADirectoryError) as exc:
+                raise MalformedBundle(f"a file lies where a directory is to be: {place[:200]!r}") from exc
 
 
 def _rebuild_git(manifest: Manifest, parts: Path, tree: Path, layout: Layout) -> None:
@@ -224,6 +250,8 @@ def _rebuild_git(manifest: Manifest, parts: Path, tree: Path, layout: Layout) ->
         (tree / place).mkdir(parents=True, exist_ok=True, mode=0o700)
     if manifest.git is None or place is None:
         return
+    if os.path.lexists(tree / place / ".git"):  # under another spelling, where case makes no difference
+        raise MalformedBundle("something lies where the repository is to be")
     kinds = {artifact.kind: parts / member_path(artifact.path_in_bundle) for artifact in manifest.artifacts}
     rebuild_repository(
         tree / place,
@@ -237,14 +265,28 @@ def _make_symlinks(manifest: Manifest, tree: Path, layout: Layout) -> None:
     """Last, so that nothing is ever written through one. Only relative ones that stay inside are made."""
     for symlink in manifest.symlinks:
         place = _place_of(symlink.path, layout)
-        target = os.fsdecode(base64.b64decode(symlink.target_b64))
+        target = _target_of(symlink)
         if place is None or not stays_inside(place, target):
             continue
         link = tree / place
-        link.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if os.path.lexists(link):
+        try:
+            link.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except (FileExistsError, NotADirectoryError) as exc:
+            raise MalformedBundle(f"a symlink lies below a file: {place[:200]!r}") from exc
+        # Below another symlink it would lie elsewhere, where `..` leads elsewhere too.
+        if os.path.lexists(link) or link.parent.resolve() != tree.resolve() / Path(place).parent:
             raise MalformedBundle(f"a symlink wants the place of something else: {place[:200]!r}")
         link.symlink_to(target)
+
+
+def _target_of(symlink: Symlink) -> str:
+    try:
+        target = base64.b64decode(symlink.target_b64, validate=True)
+    except ValueError as exc:
+        raise MalformedBundle(f"the target of the symlink {symlink.path[:200]!r} is damaged") from exc
+    if b"\0" in target or len(target) > _MAX_TARGET_BYTES:
+        raise MalformedBundle(f"the target of the symlink {symlink.path[:200]!r} is none")
+    return os.fsdecode(target)
 
 
 def _set_attributes(manifest: Manifest, tree: Path, layout: Layout) -> None:
@@ -266,13 +308,19 @@ def _set_attributes(manifest: Manifest, tree: Path, layout: Layout) -> None:
 
 
 def _place_of(member: str, layout: Layout) -> str | None:
-    room, _, inner = member.partition("/")
-    return layout.place(room, from_member_name(inner))
+    return _checked(layout.place(*str(member_path(member)).split("/", 1)), layout)
 
 
 def _place_of_directory(member: str, layout: Layout) -> str | None:
-    room, _, inner = member.partition("/")
-    return layout.place_directory(room, from_member_name(inner))
+    return _checked(layout.place_directory(*str(member_path(member)).split("/", 1)), layout)
+
+
+def _checked(place: str | None, layout: Layout) -> str | None:
+    """The repository is made here; nothing of the bundle gets into it: no hook, no configuration."""
+    memdir = layout.memdir()
+    if place is not None and memdir is not None and Path(place).is_relative_to(Path(memdir, ".git")):
+        raise MalformedBundle(f"a part of the repository that is no object or ref: {place[:200]!r}")
+    return place
 
 
 def stays_inside(place: str, target: str) -> bool:

@@ -94,7 +94,7 @@ def member_path(name: str) -> Path:
     """Where a member goes below scratch. Raises MalformedBundle for a room that the format does not have."""
     room, _, inner = name.partition("/")
     path = from_member_name(inner)  # the reader has checked that the name is safe
-    is_repository_part = room == "memory_files" and path.split("/")[0].lower() == ".git"
+    is_repository_part = room == "memory_files" and path.split("/")[0] == ".git"
     if room not in _ROOMS or not path or is_repository_part:
         raise MalformedBundle(f"a member lies where none may: {name[:200]!r}")
     return Path(room, path)
@@ -124,7 +124,7 @@ def _check_contents(manifest: Manifest, scratch: Path) -> None:
 
 
 def _check_database(path: Path, name: str) -> None:
-    uri = f"file:{quote(str(path))}?mode=ro&immutable=1"  # ours alone: no WAL, no sidecars wanted
+    uri = f"file:{quote(os.fsencode(path))}?mode=ro&immutable=1"  # ours alone: no WAL, no sidecars wanted
     try:
         with closing(sqlite3.connect(uri, uri=True)) as connection:
             connection.execute("PRAGMA trusted_schema=OFF")

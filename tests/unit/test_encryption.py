@@ -44,6 +44,10 @@ def decrypted(data: bytes, *identities: Any) -> bytes:
         return stream.read(-1)
 
 
+def age(*arguments: str, stdin: bytes) -> bytes:
+    return subprocess.run(["age", *arguments], input=stdin, check=True, capture_output=True).stdout
+
+
 # --- there and back -------------------------------------------------------------------------------
 
 
@@ -77,12 +81,8 @@ def test_the_age_tool_reads_what_we_write_and_we_what_it_writes(keys: KeyPair, t
     identity = tmp_path / "identity"
     identity.write_text(keys.identity + "\n")
     ours = encrypted(CONTENT, *keys.recipients)
-    opened = subprocess.run(["age", "-d", "-i", identity], input=ours, check=True, capture_output=True).stdout
-    theirs = subprocess.run(
-        ["age", "-r", keys.recipient], input=CONTENT, check=True, capture_output=True
-    ).stdout
-    assert opened == CONTENT
-    assert decrypted(theirs, *keys.identities) == CONTENT
+    assert age("-d", "-i", str(identity), stdin=ours) == CONTENT
+    assert decrypted(age("-r", keys.recipient, stdin=CONTENT), *keys.identities) == CONTENT
 
 
 @pytest.fixture
@@ -152,12 +152,13 @@ def test_what_the_sink_raises_comes_out_as_it_was(keys: KeyPair) -> None:
         def write(self, data: bytes, /) -> int:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    with (
-        pytest.raises(OSError, match="No space left") as caught,
-        encrypting(Full(), keys.recipients) as stream,
-    ):
-        for _ in range(100):
-            stream.write(CONTENT)
+    def write_much() -> None:
+        with encrypting(Full(), keys.recipients) as stream:
+            for _ in range(100):
+                stream.write(CONTENT)
+
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_much()
     assert caught.value.errno == errno.ENOSPC
 
 
@@ -176,13 +177,19 @@ def test_what_the_source_raises_comes_out_as_it_was(keys: KeyPair) -> None:
 def test_what_the_caller_raises_comes_out_as_it_was(keys: KeyPair) -> None:
     class Enough(Exception): ...
 
-    with pytest.raises(Enough), encrypting(io.BytesIO(), keys.recipients) as stream:
-        stream.write(CONTENT)
-        raise Enough
-    data = encrypted(CONTENT, *keys.recipients)
-    with pytest.raises(Enough), decrypting(io.BytesIO(data), keys.identities) as opened:
-        opened.read(10)
-        raise Enough
+    def write() -> None:
+        with encrypting(io.BytesIO(), keys.recipients) as stream:
+            stream.write(CONTENT)
+            raise Enough
+
+    def read() -> None:
+        with decrypting(io.BytesIO(encrypted(CONTENT, *keys.recipients)), keys.identities) as stream:
+            stream.read(10)
+            raise Enough
+
+    for interrupted in (write, read):
+        with pytest.raises(Enough):
+            interrupted()
 
 
 def test_whoever_has_read_enough_may_leave(keys: KeyPair) -> None:
@@ -235,19 +242,18 @@ def test_an_identity_file_may_hold_comments_and_several(keys: KeyPair) -> None:
     assert decrypted(encrypted(b"x", *keys.recipients), *parse_identities(text.encode())) == b"x"
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "# only a comment\n",
-        "hunter2",
-        "{identity}x",
-        "{identity}\nhunter2",
-        "{recipient}",
-        "-----BEGIN hunter2",
-    ],
-    ids=["empty", "comment", "text", "one letter more", "a bad line", "a recipient", "a broken ssh key"],
-)
+NO_IDENTITIES = {
+    "nothing": "",
+    "a comment": "# only a comment\n",
+    "text": "hunter2",
+    "a letter more": "{identity}x",
+    "a bad line": "{identity}\nhunter2",
+    "a recipient": "{recipient}",
+    "a broken ssh key": "-----BEGIN hunter2",
+}
+
+
+@pytest.mark.parametrize("text", NO_IDENTITIES.values(), ids=NO_IDENTITIES.keys())
 def test_what_is_no_identity_is_refused_without_a_word_of_it(text: str, keys: KeyPair) -> None:
     data = text.format(identity=keys.identity, recipient=keys.recipient).encode()
     with pytest.raises(UsageError) as caught:

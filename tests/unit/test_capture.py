@@ -1,0 +1,535 @@
+"""Capture of one agent, every kind of source and file; what is captured is compared byte by byte."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import errno
+import json
+import os
+import resource
+import socket
+import sqlite3
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from daemon.capture import Capture, take_cut
+from daemon.errors import AgentNotFound
+from daemon.model import AgentSpec, ArtifactKind, StateSource, from_member_name
+from tests.e2e.trees import access_times, listing
+
+SIDECARS = ("-wal", "-shm")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    root = tmp_path / "ana"
+    root.mkdir()
+    return root
+
+
+def spec_of(root: Path, **fields: Any) -> AgentSpec:
+    return AgentSpec("default", "ana", root, **{"include": ("**",), **fields})
+
+
+def captured(root: Path, **fields: Any) -> Capture:
+    """A capture that must be complete."""
+    capture = captured_anyhow(root, **fields)
+    assert capture.failures == []
+    return capture
+
+
+def captured_anyhow(root: Path, **fields: Any) -> Capture:
+    scratch = root.with_name(f"scratch-{len(list(root.parent.iterdir()))}")
+    scratch.mkdir()
+    return take_cut(spec_of(root, **fields), scratch)
+
+
+def contents(capture: Capture) -> dict[str, bytes]:
+    found = {}
+    for artifact in capture.artifacts:
+        with artifact.open() as stream:
+            found[artifact.path_in_bundle] = stream.read(artifact.size_bytes)
+            assert len(found[artifact.path_in_bundle]) == artifact.size_bytes
+    return found
+
+
+def run_sql(path: Path, *statements: str) -> None:
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        for statement in statements:
+            connection.execute(statement)
+
+
+def dump_of(path: Path) -> str:
+    """Everything a database holds, by the sqlite3 tool."""
+    said = subprocess.run(["sqlite3", path, ".dump"], capture_output=True, text=True, check=True)
+    return said.stdout
+
+
+def dump_of_copy(capture: Capture, name: str, tmp_path: Path) -> str:
+    copy = tmp_path / "copy.sqlite"
+    copy.unlink(missing_ok=True)
+    copy.write_bytes(contents(capture)[name])
+    with closing(sqlite3.connect(f"file:{copy}?mode=ro&immutable=1", uri=True)) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+    return dump_of(copy)
+
+
+# --- never hurt the agent ---------------------------------------------------------------------------------
+
+
+def test_the_agents_own_files_are_as_before_to_the_byte_and_the_nanosecond(root: Path) -> None:
+    (root / "notes/deep").mkdir(parents=True)
+    (root / "notes/deep/a.md").write_bytes(b"a note\n")
+    (root / "notes/run.sh").write_bytes(b"#!/bin/sh\n")
+    (root / "notes/run.sh").chmod(0o750)
+    (root / "notes/link").symlink_to("deep/a.md")
+    (root / "session.jsonl").write_bytes(b'{"a": 1}\n{"b"')
+    run_sql(root / "rollback.sqlite", "CREATE TABLE t (x)", "INSERT INTO t VALUES (1)")
+    run_sql(root / "wal.sqlite", "PRAGMA journal_mode = WAL", "CREATE TABLE t (x)", "INSERT INTO t VALUES (1)")
+    for path in root.rglob("*"):
+        if not path.is_symlink():
+            os.utime(path, ns=(1_700_000_000_123_456_789, 1_750_000_000_987_654_321))
+    before = listing(root, skip=SIDECARS)
+    captured(root)
+    assert listing(root, skip=SIDECARS) == before
+    assert {path.name for path in root.rglob("*-journal")} == set()
+
+
+def test_plain_files_keep_their_access_time(root: Path) -> None:
+    for name in ("a.md", "b.jsonl", "c.bin", "cursor.json"):
+        (root / name).write_bytes(b'{"a": 1}\n')
+        os.utime(root / name, ns=(1_000_000_000, 1_700_000_000_000_000_000))
+    before = access_times(root)
+    captured(root, states=(StateSource("cursor", file=root / "cursor.json"),))
+    assert access_times(root) == before
+
+
+def test_a_wal_that_a_writer_holds_is_read_and_not_changed(root: Path) -> None:
+    path = root / "memory.sqlite"
+    with closing(sqlite3.connect(path, isolation_level=None)) as writer:
+        writer.execute("PRAGMA journal_mode = WAL")
+        writer.execute("PRAGMA wal_autocheckpoint = 0")
+        writer.execute("CREATE TABLE t (x)")
+        writer.execute("INSERT INTO t VALUES ('in the WAL alone')")
+        # By another process: closing a descriptor of the database in this one would drop its locks.
+        before = digests(path, Path(f"{path}-wal"))
+        capture = captured(root)
+        assert digests(path, Path(f"{path}-wal")) == before
+        writer.execute("INSERT INTO t VALUES ('and it writes on')")
+    assert b"in the WAL alone" in contents(capture)["sqlite/memory.sqlite"]
+
+
+def digests(*paths: Path) -> str:
+    return subprocess.run(["sha256sum", *paths], capture_output=True, text=True, check=True).stdout
+
+
+def test_an_open_transaction_is_left_out_and_may_commit_afterwards(root: Path) -> None:
+    path = root / "memory.sqlite"
+    with closing(sqlite3.connect(path, isolation_level=None)) as writer:
+        writer.execute("PRAGMA journal_mode = WAL")
+        writer.execute("CREATE TABLE t (x)")
+        writer.execute("INSERT INTO t VALUES ('committed')")
+        writer.execute("BEGIN IMMEDIATE")
+        writer.execute("INSERT INTO t VALUES ('not yet')")
+        capture = captured(root)
+        assert capture.consistency.level == "point_in_time"
+        writer.execute("COMMIT")
+    copy = contents(capture)["sqlite/memory.sqlite"]
+    assert b"committed" in copy
+    assert b"not yet" not in copy
+
+
+def test_an_agent_that_is_not_there_is_an_error(root: Path) -> None:
+    root.rmdir()
+    with pytest.raises(AgentNotFound, match="ana"):
+        captured(root)
+
+
+# --- plain files ------------------------------------------------------------------------------------------
+
+
+def test_every_file_is_captured_with_its_bytes_mode_and_time(root: Path) -> None:
+    (root / "sub").mkdir()
+    expected = {"files/empty": b"", "files/sub/text.md": b"text\n", "files/bin": os.urandom(3_000_000)}
+    for number, (name, content) in enumerate(expected.items()):
+        path = root / name.removeprefix("files/")
+        path.write_bytes(content)
+        path.chmod(0o640 + number)
+        os.utime(path, ns=(5, -1_500_000_001 + number))
+    capture = captured(root)
+    assert contents(capture) == expected
+    by_name = {artifact.path_in_bundle: artifact for artifact in capture.artifacts}
+    for number, name in enumerate(expected):
+        assert (by_name[name].mode, by_name[name].mtime_ns) == (0o640 + number, -1_500_000_001 + number)
+        assert by_name[name].kind == ArtifactKind.FILE
+    assert [(d.path, d.mode) for d in capture.directories] == [("files/sub", 0o755)]
+
+
+@pytest.mark.parametrize(
+    ("name", "written", "kept"),
+    [
+        ("a.jsonl", b'{"a": 1}\n{"b": 2}\n', b'{"a": 1}\n{"b": 2}\n'),
+        ("a.jsonl", b'{"a": 1}\n{"b": 2', b'{"a": 1}\n'),
+        ("a.ndjson", b'{"a": 1}\n{"b"', b'{"a": 1}\n'),
+        ("a.jsonl", b'{"a": 1}\n{"b": 2}', b'{"a": 1}\n{"b": 2}'),  # whole, only the newline is to come
+        ("a.jsonl", b'{"a": "\xc3', b""),
+        ("a.jsonl", b"", b""),
+        ("a.log", b"a line\nhalf a li", b"a line\nhalf a li"),  # may be complete: logs need not be JSON
+        ("a.json", b'{"a": 1}\n{"b": 2', b'{"a": 1}\n{"b": 2'),
+    ],
+)
+def test_logs_of_json_lines_end_with_a_whole_line(root: Path, name: str, written: bytes, kept: bytes) -> None:
+    (root / name).write_bytes(written)
+    assert contents(captured(root)) == {f"files/{name}": kept}
+
+
+ODD_NAMES = [
+    b"with space",
+    b"new\nline",
+    b"tab\tand\x01control\x7f",
+    b"back\\slash",
+    b"\\x41",
+    b"latin1-\xe9",
+    b"half-\xe2\x82",
+    "emoji-\U0001f9e0".encode(),
+    "combining-e\u0301".encode(),
+    b"question?hash#percent%41",
+    b"-leading-dash",
+    b"quote'\"`$(id)",
+    b"x" * 255,
+    b"\xff" * 255,
+    b".hidden",
+    b"trailing ",
+    b"manifest.json",
+    b"agentkeep.json",
+]
+
+
+def test_odd_names_are_captured_and_can_be_told_apart(root: Path) -> None:
+    for number, name in enumerate(ODD_NAMES):
+        with open(os.path.join(os.fsencode(root), name), "wb") as stream:
+            stream.write(b"%d" % number)
+    found = contents(captured(root))
+    assert len(found) == len(ODD_NAMES)
+    for number, name in enumerate(ODD_NAMES):
+        member = next(key for key, content in found.items() if content == b"%d" % number)
+        assert member.isprintable()
+        assert os.fsencode(from_member_name(member.removeprefix("files/"))) == name
+
+
+def test_a_file_of_an_odd_name_that_cannot_be_captured_is_named(root: Path) -> None:
+    """Its name cannot be said as it is; it has to be said anyhow."""
+    name = os.fsdecode(b"latin1-\xe9.sqlite")
+    (root / name).write_bytes(b"no database")
+    capture = captured_anyhow(root)
+    (failure,) = capture.failures
+    assert "latin1-\\xe9.sqlite" in failure.source
+    assert contents(capture) == {"opaque/latin1-\\xe9.sqlite": b"no database"}
+
+
+def test_sockets_fifos_and_devices_are_left_out_and_counted(root: Path) -> None:
+    os.mkfifo(root / "fifo")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(root / "socket"))
+    os.mknod(root / "device", stat.S_IFCHR | 0o600, os.makedev(0, 0))  # the one that anybody may make
+    (root / "note.md").write_bytes(b"a note")
+    capture = captured(root)
+    assert contents(capture) == {"files/note.md": b"a note"}
+    assert {(e.pattern, e.count) for e in capture.excluded} == {("fifo", 1), ("socket", 1), ("device", 1)}
+
+
+def test_symlinks_are_recorded_and_never_followed(root: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "secret.md").write_bytes(b"not the agent's")
+    targets = {
+        "to-file": os.fsencode(outside / "secret.md"),
+        "to-directory": os.fsencode(outside),
+        "dangling": b"nowhere",
+        "to-itself": b"to-itself",
+        "odd": b"latin1-\xe9",
+    }
+    for name, target in targets.items():
+        os.symlink(target, os.fsencode(root / name))
+    capture = captured(root)
+    assert contents(capture) == {}
+    assert {link.path: base64.b64decode(link.target_b64) for link in capture.symlinks} == {
+        f"files/{name}": target for name, target in targets.items()
+    }
+
+
+def test_exclusions_and_secrets_are_counted_by_pattern_and_reason(root: Path) -> None:
+    for name in ("keep.md", "a.tmp", "b.tmp", "sub/c.tmp", ".env", "sub/.env", "scratch/x", "scratch/deep/y"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x")
+    capture = captured(root, exclude=("*.tmp", "scratch/**"), secrets=(".env",))
+    assert contents(capture) == {"files/keep.md": b"x"}
+    assert {(e.reason, e.pattern, e.count) for e in capture.excluded} == {
+        ("excluded by pattern", "*.tmp", 3),
+        ("excluded by pattern", "scratch/**", 1),  # a directory that is not even looked into
+        ("looks like a secret", ".env", 2),
+    }
+
+
+def test_a_sparse_file_is_captured_with_its_holes_as_zeroes(root: Path) -> None:
+    with (root / "sparse").open("wb") as stream:
+        stream.seek(20_000_000)
+        stream.write(b"end")
+    assert contents(captured(root)) == {"files/sparse": bytes(20_000_000) + b"end"}
+
+
+def test_the_memdir_goes_to_a_room_of_its_own(root: Path) -> None:
+    (root / "memory/deep").mkdir(parents=True)
+    (root / "memory/deep/note.md").write_bytes(b"a note")
+    (root / "else.md").write_bytes(b"else")
+    capture = captured(root, memdir=root / "memory")
+    assert contents(capture) == {"memory_files/deep/note.md": b"a note", "files/else.md": b"else"}
+    assert capture.memdir == "memory"
+
+
+def test_a_memdir_is_captured_whole_even_where_the_patterns_do_not_reach(root: Path) -> None:
+    (root / "memory").mkdir()
+    (root / "memory/note.md").write_bytes(b"a note")
+    (root / "else.md").write_bytes(b"else")
+    capture = captured(root, memdir=root / "memory", include=("*.sqlite",))
+    assert contents(capture) == {"memory_files/note.md": b"a note"}
+
+
+# --- databases --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page_size", [512, 1024, 4096, 65536])
+@pytest.mark.parametrize("journal_mode", ["delete", "wal"])
+def test_databases_of_every_page_size_and_journal_mode(
+    root: Path, tmp_path: Path, page_size: int, journal_mode: str
+) -> None:
+    path = root / "memory.sqlite"
+    run_sql(
+        path,
+        f"PRAGMA page_size = {page_size}",
+        f"PRAGMA journal_mode = {journal_mode}",
+        "PRAGMA user_version = 42",
+        "CREATE TABLE t (id INTEGER PRIMARY KEY, x TEXT)",
+        "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 300)"
+        " INSERT INTO t SELECT i, hex(randomblob(100)) FROM n",
+        "DELETE FROM t WHERE id % 7 = 0",
+    )
+    capture = captured(root)
+    assert contents(capture).keys() == {"sqlite/memory.sqlite"}
+    assert dump_of_copy(capture, "sqlite/memory.sqlite", tmp_path) == dump_of(path)
+    assert capture.schema_versions == {"sqlite/memory.sqlite": 42}
+    copy = contents(capture)["sqlite/memory.sqlite"]
+    assert int.from_bytes(copy[16:18]) in (page_size, 1 if page_size == 65536 else page_size)
+
+
+@pytest.mark.parametrize(
+    "statements",
+    [
+        ["CREATE TABLE t (k TEXT PRIMARY KEY, v BLOB) WITHOUT ROWID", "INSERT INTO t VALUES ('a', x'00ff')"],
+        ["CREATE VIRTUAL TABLE t USING fts5(body)", "INSERT INTO t VALUES ('the quick brown fox')"],
+        ["CREATE TABLE t (a INT, b INT GENERATED ALWAYS AS (a * 2) STORED)", "INSERT INTO t (a) VALUES (21)"],
+        ["CREATE TABLE t (a INT, b INT AS (a * 2) VIRTUAL)", "INSERT INTO t (a) VALUES (21)"],
+        ["PRAGMA auto_vacuum = INCREMENTAL", "CREATE TABLE t (x)", "INSERT INTO t VALUES (zeroblob(99999))"],
+        ["PRAGMA encoding = 'UTF-16le'", "CREATE TABLE t (x)", "INSERT INTO t VALUES ('\u00e9\U0001f9e0')"],
+        ["CREATE TABLE t (x)", "CREATE VIEW w AS SELECT x FROM t", "CREATE TRIGGER g AFTER INSERT ON t BEGIN SELECT 1; END"],
+        ["CREATE TABLE t (x ANY)", "CREATE INDEX i ON t (lower(x))"],
+        ["CREATE VIRTUAL TABLE t USING rtree(id, a, b)", "INSERT INTO t VALUES (1, 0.5, 1.5)"],
+    ],
+    ids=["without-rowid", "fts5", "stored", "virtual", "auto-vacuum", "utf16", "view-and-trigger", "index", "rtree"],
+)
+def test_databases_of_every_kind_of_table(root: Path, tmp_path: Path, statements: list[str]) -> None:
+    path = root / "memory.sqlite"
+    run_sql(path, *statements)
+    capture = captured(root)
+    assert dump_of_copy(capture, "sqlite/memory.sqlite", tmp_path) == dump_of(path)
+
+
+ODD_DIRECTORIES = [
+    b"a?b",
+    b"a#b",
+    b"a%41b",
+    b"a b",
+    b"a&mode=rwc",
+    b"a;b",
+    b"new\nline",
+    "\u00e9\U0001f9e0".encode(),
+    b"latin1-\xe9",
+    b"back\\slash",
+]
+
+
+@pytest.mark.parametrize("directory", ODD_DIRECTORIES, ids=repr)
+def test_databases_are_found_below_odd_directories(root: Path, tmp_path: Path, directory: bytes) -> None:
+    path = root / os.fsdecode(directory) / "memory.db"
+    path.parent.mkdir()
+    run_sql(root / "memory.db", "PRAGMA journal_mode = WAL", "CREATE TABLE t (x)", "INSERT INTO t VALUES (7)")
+    (root / "memory.db").rename(path)
+    capture = captured(root)
+    (name,) = contents(capture)
+    assert os.fsencode(from_member_name(name)) == b"sqlite/" + directory + b"/memory.db"
+    assert "INSERT INTO t VALUES(7);" in dump_of_copy(capture, name, tmp_path)
+
+
+def test_a_database_is_known_by_its_header_whatever_its_name(root: Path) -> None:
+    run_sql(root / "no-suffix", "CREATE TABLE t (x)")
+    run_sql(root / "note.md", "CREATE TABLE t (x)")
+    (root / "text.db").write_bytes(b"a text that somebody called .db")
+    kinds = {artifact.path_in_bundle: artifact.kind for artifact in captured(root).artifacts}
+    assert kinds == {
+        "sqlite/no-suffix": ArtifactKind.SQLITE,
+        "sqlite/note.md": ArtifactKind.SQLITE,
+        "files/text.db": ArtifactKind.FILE,
+    }
+
+
+def test_an_empty_file_with_a_databases_name_is_an_empty_file(root: Path) -> None:
+    (root / "memory.sqlite").touch()
+    assert contents(captured(root)) == {"files/memory.sqlite": b""}
+
+
+def test_an_empty_file_where_a_database_was_promised_is_incomplete(root: Path) -> None:
+    (root / "memory.sqlite").touch()
+    capture = captured_anyhow(root, sqlite=("*.sqlite",))
+    assert [failure.source for failure in capture.failures] == [str(root / "memory.sqlite")]
+    assert contents(capture) == {"opaque/memory.sqlite": b""}
+
+
+def test_a_large_wal_that_a_killed_writer_left_is_captured_with_its_database(root: Path, tmp_path: Path) -> None:
+    path = root / "memory.sqlite"
+    script = (
+        "import os, sqlite3, sys\n"
+        "db = sqlite3.connect(sys.argv[1], isolation_level=None)\n"
+        "db.execute('PRAGMA journal_mode = WAL')\n"
+        "db.execute('PRAGMA wal_autocheckpoint = 0')\n"
+        "db.execute('CREATE TABLE t (id INTEGER PRIMARY KEY, x)')\n"
+        "for n in range(40):\n"
+        "    db.execute('INSERT INTO t (x) VALUES (randomblob(100000))')\n"
+        "db.execute('BEGIN')\n"
+        "db.execute('PRAGMA cache_size = 1')\n"
+        "db.executemany('INSERT INTO t (x) VALUES (?)', [('never committed' * 1000,)] * 50)\n"
+        "os._exit(9)\n"
+    )
+    subprocess.run([sys.executable, "-c", script, path], check=False)
+    wal = Path(f"{path}-wal")
+    before = path.read_bytes(), wal.read_bytes()
+    assert len(before[1]) > 4_000_000
+    capture = captured(root)
+    assert (path.read_bytes(), wal.read_bytes()) == before
+    name = "sqlite/memory.sqlite"
+    assert contents(capture).keys() == {name}
+    (tmp_path / "copy.sqlite").write_bytes(contents(capture)[name])
+    with closing(sqlite3.connect(tmp_path / "copy.sqlite")) as copy:
+        assert copy.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        assert copy.execute("SELECT count(*), max(id), sum(length(x)) FROM t").fetchone() == (40, 40, 4_000_000)
+
+
+def test_sidecars_of_a_database_are_left_out_and_counted(root: Path) -> None:
+    path = root / "memory.sqlite"
+    with closing(sqlite3.connect(path, isolation_level=None)) as writer:
+        writer.execute("PRAGMA journal_mode = WAL")
+        writer.execute("CREATE TABLE t (x)")
+        capture = captured(root)
+    assert contents(capture).keys() == {"sqlite/memory.sqlite"}
+    assert {(e.pattern, e.count) for e in capture.excluded} == {("*-wal", 1), ("*-shm", 1)}
+
+
+def test_a_file_that_is_called_like_a_sidecar_of_nothing_is_captured(root: Path) -> None:
+    (root / "notes-wal").write_bytes(b"about a wall")
+    assert contents(captured(root)) == {"files/notes-wal": b"about a wall"}
+
+
+def test_hard_links_to_one_database_are_captured_under_each_name(root: Path, tmp_path: Path) -> None:
+    run_sql(root / "one.sqlite", "CREATE TABLE t (x)", "INSERT INTO t VALUES (7)")
+    os.link(root / "one.sqlite", root / "two.sqlite")
+    capture = captured(root)
+    for name in ("sqlite/one.sqlite", "sqlite/two.sqlite"):
+        assert "INSERT INTO t VALUES(7);" in dump_of_copy(capture, name, tmp_path)
+
+
+def test_a_database_that_runs_code_of_its_own_is_copied_without_running_it(root: Path) -> None:
+    """Extensions and functions that the schema asks for are the agent's; a page copy needs none of them."""
+    path = root / "memory.sqlite"
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.create_function("twice", 1, lambda x: 2 * x, deterministic=True)
+        connection.execute("CREATE TABLE t (x)")
+        connection.execute("CREATE INDEX i ON t (twice(x))")
+        connection.execute("INSERT INTO t VALUES (21)")
+    copy = contents(captured(root))["sqlite/memory.sqlite"]
+    assert b"twice(x)" in copy
+
+
+# --- state values -----------------------------------------------------------------------------------------
+
+
+def test_a_state_file_is_captured_as_it_is_and_once(root: Path) -> None:
+    (root / "cursor.json").write_bytes(b'{ "offset" : 12.50 }')
+    capture = captured(root, states=(StateSource("cursor", file=root / "cursor.json"),))
+    assert contents(capture) == {"state/cursor.json": b'{ "offset" : 12.50 }'}
+    assert (capture.states["cursor"].kind, capture.states["cursor"].path) == ("file", "cursor.json")
+
+
+def test_a_state_query_is_bound_to_the_agent_and_keeps_every_type(root: Path) -> None:
+    run_sql(
+        root / "registry.sqlite",
+        "CREATE TABLE runs (agent_id TEXT, at INTEGER, ratio REAL, note TEXT, raw BLOB)",
+        "INSERT INTO runs VALUES ('ana', 9007199254740993, 0.1, 'caf\u00e9', x'00ff'), ('bob', 1, 1.0, NULL, NULL)",
+    )
+    query = "SELECT * FROM runs WHERE agent_id = :agent"
+    capture = captured(root, states=(StateSource("run", sqlite=root / "registry.sqlite", query=query),))
+    assert json.loads(contents(capture)["state/run.json"]) == [
+        {"agent_id": "ana", "at": 9007199254740993, "ratio": 0.1, "note": "café", "raw": {"base64": "AP8="}}
+    ]
+
+
+def test_a_state_value_may_come_from_outside_the_root(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "shared.json").write_bytes(b"[1]")
+    run_sql(tmp_path / "shared.sqlite", "CREATE TABLE t (x)", "INSERT INTO t VALUES (7)")
+    capture = captured(
+        root,
+        states=(
+            StateSource("file", file=tmp_path / "shared.json"),
+            StateSource("rows", sqlite=tmp_path / "shared.sqlite", query="SELECT x FROM t"),
+        ),
+    )
+    assert contents(capture).keys() == {"state/file.json", "state/rows.json"}  # the database itself is not
+
+
+# --- our own side -----------------------------------------------------------------------------------------
+
+
+def test_a_full_scratch_is_our_error_and_not_the_agents_failure(root: Path, tmp_path: Path) -> None:
+    """No snapshot at all is better than one that calls the agent's sound files unreadable."""
+    run_sql(root / "memory.sqlite", "CREATE TABLE t (x)", "INSERT INTO t VALUES (randomblob(900000))")
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    with files_not_larger_than(100_000), pytest.raises(OSError, match="No space") as raised:
+        take_cut(spec_of(root), scratch)
+    assert raised.value.errno == errno.ENOSPC
+
+
+@contextmanager
+def files_not_larger_than(limit_bytes: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_spec_is_plain_data_that_capture_does_not_change(root: Path) -> None:
+    (root / "memory/.git").mkdir(parents=True)
+    spec = spec_of(root, memdir_candidates=("memory",))
+    before = dataclasses.asdict(spec)
+    scratch = root.with_name("scratch")
+    scratch.mkdir()
+    take_cut(spec, scratch)
+    assert dataclasses.asdict(spec) == before
