@@ -1,7 +1,5 @@
-"""Finding, reading and explaining the configuration.
-
-Every complaint names the file, the line, the value and the nearest right one. No secret is quoted.
-"""
+"""Finding, reading and checking the configuration. Every complaint names the file, the line, the value
+and the nearest right one (complaints.py)."""
 
 from __future__ import annotations
 
@@ -13,21 +11,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 from urllib.parse import unquote, urlsplit
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic_settings import SettingsError
 
 from config.agents import agent_spec
+from config.complaints import at, explain, is_there, nearest, nearest_path, not_json
 from config.settings import ENVIRONMENT_PREFIX, AgentSettings, Settings
 from daemon.errors import AgentNotFound, ConfigError, UsageError
 from daemon.model import AgentSpec, fixed_head, has_wildcard
 from storage_backends import known_schemes
 
 _OWN_VARIABLES = {"AGENTKEEP_CONFIG"}
-_SECRET_KEYS = {"secret_access_key", "session_token", "access_key_id", "options"}
-_Location = tuple[int | str, ...]
 _Patterns = list[tuple[Path, re.Pattern[str]]]
 
 
@@ -62,12 +59,12 @@ class Configuration:
     def missing_paths(self, agent_id: str) -> list[str]:
         """A complaint for each plain path of the agent that is not there now."""
         spec = self.agents[agent_id]
-        required = [spec.root / path for path in spec.required] if _is_there(spec.root) else []
+        required = [spec.root / path for path in spec.required] if is_there(spec.root) else []
         return [
-            f"{self._where(('agents', agent_id, self._key_of(agent_id, path)))}no such path: {path}"
-            f"{_nearest_path(path)}"
+            f"{at(self.path, self._text, ('agents', agent_id, self._key_of(agent_id, path)))}no such path: {path}"
+            f"{nearest_path(path)}"
             for path in (spec.root, *required)
-            if not _is_there(path)
+            if not is_there(path)
         ]
 
     def _key_of(self, agent_id: str, path: Path) -> str:
@@ -77,9 +74,6 @@ class Configuration:
             if root / Path(pattern).expanduser() == path:
                 return key
         return "root"
-
-    def _where(self, location: _Location) -> str:
-        return _where(self.path, self._text, location)
 
 
 def find_config_file(given: Path | None) -> Path:
@@ -110,13 +104,13 @@ def load(path: Path) -> Configuration:
     _check_environment()
     for key in raw:
         if key.startswith("_"):  # BaseSettings would take it as an argument of its own
-            raise ConfigError(f"{_where(path, text, (key,))}unknown key {key!r}", hint=_EXAMPLE_HINT)
+            raise ConfigError(f"{at(path, text, (key,))}unknown key {key!r}", hint=_EXAMPLE_HINT)
     try:
         settings = Settings(**raw)
     except ValidationError as exc:
-        raise ConfigError("\n".join(_explain(path, text, exc)), hint=_EXAMPLE_HINT) from exc
+        raise ConfigError("\n".join(explain(path, text, exc)), hint=_EXAMPLE_HINT) from exc
     except SettingsError as exc:
-        raise ConfigError(f"an {ENVIRONMENT_PREFIX}... variable cannot be used: {exc}") from exc
+        raise not_json(str(exc)) from exc
     _check_destinations(path, text, settings)
     agents = _agents(path, text, settings)
     _check_overlap(path, text, agents)
@@ -135,18 +129,21 @@ def _agents(path: Path, text: str, settings: Settings) -> dict[str, AgentSpec]:
         except ConfigError as exc:
             source, separator, _ = str(exc).partition(": ")
             key = source if separator and source in AgentSettings.model_fields else "profile"
-            raise ConfigError(f"{_where(path, text, ('agents', agent_id, key))}{exc}", hint=exc.hint) from exc
+            raise ConfigError(f"{at(path, text, ('agents', agent_id, key))}{exc}", hint=exc.hint) from exc
     return agents
 
 
 def _check_environment() -> None:
     known = {f"{ENVIRONMENT_PREFIX}{name}".upper() for name in Settings.model_fields}
-    for variable in os.environ:
-        name = variable.upper()
+    given = [("environment variable", variable) for variable in os.environ]
+    if (credentials := Path(os.environ.get("CREDENTIALS_DIRECTORY", "/nonexistent"))).is_dir():
+        given += [("credential", entry.name) for entry in credentials.iterdir()]
+    for what, spelled in given:
+        name = spelled.upper()
         if not name.startswith(ENVIRONMENT_PREFIX) or name in _OWN_VARIABLES:
             continue
         if name.split("__")[0] not in known:
-            raise ConfigError(f"the environment variable {variable} means nothing{_nearest(name, known)}")
+            raise ConfigError(f"the {what} {spelled} means nothing{nearest(name, known)}")
 
 
 def _check_destinations(path: Path, text: str, settings: Settings) -> None:
@@ -155,16 +152,16 @@ def _check_destinations(path: Path, text: str, settings: Settings) -> None:
         schemes = known_schemes()
         if not separator or scheme not in schemes:
             raise ConfigError(
-                f"{_where(path, text, ('destinations', name, 'url'))}no storage backend for"
-                f" {scheme[:40]!r}{_nearest(scheme, schemes)}",
+                f"{at(path, text, ('destinations', name, 'url'))}no storage backend for"
+                f" {scheme[:40]!r}{nearest(scheme, schemes)}",
                 hint=f"a URL begins with one of: {', '.join(f'{known}://' for known in schemes)}",
             )
     for agent_id, agent in settings.agents.items():
         for name in agent.destinations or ():
             if name not in settings.destinations:
                 raise ConfigError(
-                    f"{_where(path, text, ('agents', agent_id, 'destinations'))}no destination {name!r}"
-                    f"{_nearest(name, settings.destinations)}",
+                    f"{at(path, text, ('agents', agent_id, 'destinations'))}no destination {name!r}"
+                    f"{nearest(name, settings.destinations)}",
                     hint=f"known destinations: {', '.join(settings.destinations) or 'none'}",
                 )
 
@@ -176,7 +173,7 @@ def _check_overlap(path: Path, text: str, agents: Mapping[str, AgentSpec]) -> No
 
     def refuse(agent_id: str, place: Path, other: Path) -> NoReturn:
         raise ConfigError(
-            f"{_where(path, text, ('agents', agent_id))}agents {owners[other]!r} and {agent_id!r} overlap:"
+            f"{at(path, text, ('agents', agent_id))}agents {owners[other]!r} and {agent_id!r} overlap:"
             f" {other} and {place}",
             hint="two agents cannot own the same files: mend `root`, or spell their sources out",
         )
@@ -217,7 +214,7 @@ def _check_written(path: Path, text: str, agents: Mapping[str, AgentSpec], setti
                 is_inside = directory == place or place in directory.parents
                 if is_inside or (directory == state_dir and state_dir in place.parents):
                     raise ConfigError(
-                        f"{_where(path, text, ('agents', agent_id))}agent {agent_id!r} and {what} overlap:"
+                        f"{at(path, text, ('agents', agent_id))}agent {agent_id!r} and {what} overlap:"
                         f" {place} and {directory}",
                         hint="what agentkeep writes needs a directory of its own, outside of every agent",
                     )
@@ -230,102 +227,3 @@ def _places(spec: AgentSpec) -> Iterable[Path]:
     for pattern in spec.include:
         is_deep = "**" in pattern
         yield (spec.root / (fixed_head(pattern) if is_deep else pattern)).resolve()
-
-
-# --- explaining -----------------------------------------------------------------------------------
-
-
-def _explain(path: Path, text: str, exc: ValidationError) -> list[str]:
-    return [_complaint(path, text, error) for error in exc.errors(include_url=False)]
-
-
-def _complaint(path: Path, text: str, error: Any) -> str:
-    location: _Location = error["loc"]
-    key = ".".join(str(part) for part in location if part != "[key]")
-    where = _where(path, text, location)
-    if error["type"] == "extra_forbidden":
-        return f"{where}unknown key {key!r}{_nearest(str(location[-1]), _known_keys(location[:-1]))}"
-    if error["type"] == "missing":
-        return f"{where}{key} is missing"
-    message = error["msg"].removeprefix("Value error, ")
-    value = error.get("input")
-    is_plain = isinstance(value, str | int | float | bool) and not _SECRET_KEYS & set(map(str, location))
-    shown = f", not {value!r}" if is_plain and repr(value) not in message else ""
-    return f"{where}{key}: {message[:1].lower()}{message[1:]}{shown}"
-
-
-def _known_keys(location: _Location) -> list[str]:
-    """The keys that may stand at a place of the configuration."""
-    model: Any = Settings
-    for part in location:
-        if isinstance(model, type) and issubclass(model, BaseModel):
-            field = model.model_fields.get(str(part))
-            model = field.annotation if field else None
-        elif getattr(model, "__origin__", None) is dict:
-            model = model.__args__[1]
-    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    near = get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def _is_there(path: Path) -> bool:
-    """Also false where this user may not look."""
-    try:
-        return path.exists()
-    except PermissionError:
-        return False
-
-
-def _nearest_path(path: Path) -> str:
-    """Where a path goes wrong first, the name there that is most like it."""
-    missing = path
-    while not _is_there(missing.parent):
-        missing = missing.parent
-    try:
-        near = get_close_matches(missing.name, [entry.name for entry in missing.parent.iterdir()], n=1)
-    except OSError:  # not for us to look into
-        near = []
-    if not near:
-        return f"; {missing.parent} is there" if missing != path else ""
-    whole = missing.parent / near[0] / path.relative_to(missing)
-    return f"; did you mean {str(whole if _is_there(whole) else missing.parent / near[0])!r}?"
-
-
-def _where(path: Path, text: str, location: _Location) -> str:
-    """`FILE, line N: `, the line being the deepest part of the location that the file spells out."""
-    keys = [str(part) for part in location if not isinstance(part, int) and part != "[key]"]
-    variable = ENVIRONMENT_PREFIX + "__".join(keys).upper()
-    if variable in os.environ:
-        return f"environment {variable}: "
-    line = _line_of(text, keys)
-    return f"{path}, line {line}: " if line else f"{path}: "
-
-
-_PART = r"""(?:"[^"]*"|'[^']*'|[A-Za-z0-9_-]+)"""
-_KEYS = rf"({_PART}(?:\s*\.\s*{_PART})*)"
-_HEADER = re.compile(rf"\s*\[\[?\s*{_KEYS}\s*\]\]?\s*(?:#.*)?$")
-_ASSIGNMENT = re.compile(rf"\s*{_KEYS}\s*=")
-
-
-def _line_of(text: str, keys: list[str]) -> int | None:
-    best: tuple[int, int] | None = None
-    table: list[str] = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if header := _HEADER.match(line):
-            table = _dotted(header[1])
-            spelled = table
-        elif assignment := _ASSIGNMENT.match(line):
-            spelled = table + _dotted(assignment[1])
-        else:
-            continue
-        depth = min(len(spelled), len(keys))
-        if spelled[:depth] == keys[:depth] and (best is None or depth > best[0]):
-            best = (depth, number)
-    return best[1] if best else None
-
-
-def _dotted(text: str) -> list[str]:
-    return [part.strip("\"'") for part in re.findall(_PART, text)]

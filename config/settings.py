@@ -43,6 +43,19 @@ def _expand(path: Path) -> Path:
     return path.expanduser()
 
 
+def _check_schedule(text: str) -> str:
+    parse_schedule(text)
+    return text
+
+
+def _check_recipients(recipients: tuple[str, ...]) -> tuple[str, ...]:
+    try:
+        parse_recipients(recipients)
+    except ConfigError as exc:
+        raise ValueError(str(exc)) from exc
+    return recipients
+
+
 def _check_absolute(path: Path) -> Path:
     if not path.is_absolute():
         raise ValueError(f"it has to be an absolute path, not {str(path)!r}")
@@ -87,13 +100,13 @@ class AgentSettings(_Section):
 
     tenant: Name = "default"
     profile: str | None = None
-    root: UserPath | None = None
+    root: AbsolutePath | None = None
     memdir: UserPath | None = None
     sqlite: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     state: dict[Name, StateSettings] = Field(default_factory=dict)
-    schedule: str = "every 1h"
+    schedule: Annotated[str, AfterValidator(_check_schedule)] = "every 1h"
     jitter_seconds: Annotated[int, Field(ge=0)] | None = None
     destinations: tuple[str, ...] | None = None
 
@@ -103,9 +116,6 @@ class AgentSettings(_Section):
             raise ValueError("an agent needs a `root`, or sources: `memdir`, `sqlite`, `files`")
         if self.profile is not None and self.root is None:
             raise ValueError("a `profile` needs a `root`, which its patterns are relative to")
-        if self.root is not None and not self.root.is_absolute():
-            raise ValueError(f"`root` has to be an absolute path, not {str(self.root)!r}")
-        parse_schedule(self.schedule)
         return self
 
     @property
@@ -155,15 +165,7 @@ class DestinationSettings(_Section):
 
 
 class EncryptionSettings(_Section):
-    recipients: tuple[str, ...] = ()
-
-    @model_validator(mode="after")
-    def _recipients_parse(self) -> EncryptionSettings:
-        try:
-            parse_recipients(self.recipients)
-        except ConfigError as exc:
-            raise ValueError(str(exc)) from exc
-        return self
+    recipients: Annotated[tuple[str, ...], AfterValidator(_check_recipients)] = ()
 
 
 class BundleSettings(_Section):

@@ -10,12 +10,13 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import glob
 import os
 import shutil
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -58,6 +59,26 @@ def make_private_directory(path: Path) -> Path:
     return path
 
 
+@contextmanager
+def made_directory(directory: Path) -> Iterator[None]:
+    """A directory and those above it, made where they are missing, and gone again if nothing comes of the
+    block. Raises LocalWriteError."""
+    missing = []
+    while not os.path.lexists(directory):
+        missing.append(directory)
+        directory = directory.parent
+    try:
+        for path in reversed(missing):
+            with translating_os_errors("make the directory", path):
+                path.mkdir(exist_ok=True)
+        yield
+    except BaseException:
+        for path in missing:
+            with suppress(OSError):  # not there, or somebody else has put something in it
+                path.rmdir()
+        raise
+
+
 def fsync_directory(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -76,6 +97,9 @@ def create_private(path: Path) -> BinaryIO:
 def claimed_temporary(path: Path, *, what: str) -> Iterator[BinaryIO]:
     """A temporary file of a fixed name, ours alone for the time of a block and gone after it; one that a
     killed process left is taken over. Raises BusyError (another process is at it) and OSError."""
+    with suppress(FileNotFoundError):
+        if path.lstat().st_nlink > 1:  # killed between the final name and the end: not ours to write to
+            path.unlink()
     flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     with os.fdopen(os.open(path, flags, 0o600), "wb") as stream:
         if not _try_lock(stream.fileno()) or not _is_still(path, stream.fileno()):
@@ -113,6 +137,12 @@ def rename_into_place(temporary: Path, final: Path) -> None:
     fsync_directory(final.parent)
 
 
+def discard_temporaries(path: Path) -> None:
+    """Remove what killed writers of the small file `path` left beside it. For whoever is its only writer."""
+    for leftover in path.parent.glob(f"{TEMPORARY_PREFIX}{glob.escape(path.name)}.*"):
+        leftover.unlink(missing_ok=True)
+
+
 def write_file(path: Path, data: bytes, *, mode: int = 0o600) -> None:
     """Write a small file whole or not at all, replacing one of that name. Raises LocalWriteError."""
     # Of this thread alone, so one that is there is of a process that was killed: in a container the next
@@ -131,12 +161,17 @@ def write_file(path: Path, data: bytes, *, mode: int = 0o600) -> None:
             raise
 
 
+def scratch_path(parent: Path, name: str) -> Path:
+    """Where a scratch directory of that name is."""
+    return parent / f"{TEMPORARY_PREFIX}{name}"
+
+
 @contextmanager
 def scratch_directory(parent: Path, name: str, *, what: str) -> Iterator[Path]:
     """A private directory below `parent`, ours alone for the time of a job and gone after it; what a
     killed process left under that name is thrown away first. Raises BusyError, LocalWriteError.
     """
-    path = parent / f"{TEMPORARY_PREFIX}{name}"
+    path = scratch_path(parent, name)
     with translating_os_errors("make the directory", path):
         path.mkdir(mode=0o700, exist_ok=True)
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)

@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-_EVERY = re.compile(r"every\s+(\d{1,6})\s*(s|m|h|d)\Z")
-_DAILY = re.compile(r"daily\s+([01]?\d|2[0-3]):([0-5]\d)\Z")
+_EVERY = re.compile(r"every\s+(\d{1,6})\s*(s|m|h|d)\Z", re.ASCII)
+_DAILY = re.compile(r"daily\s+([01]?\d|2[0-3]):([0-5]\d)\Z", re.ASCII)
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _CRON_FIELDS = 5
 _WEEKDAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")

@@ -33,6 +33,7 @@ from daemon.model import (
     SnapshotRecord,
     Upload,
     UploadState,
+    agent_prefix,
     new_snapshot_id,
 )
 
@@ -64,6 +65,10 @@ class Store:
         what = f"agent {agent_id!r}"
         with durable.file_lock(path, what=what, timeout_seconds=self._lock_timeout_seconds):
             self.catalog.settle(tenant, agent_id, is_in_place=self._is_in_place)
+            for leftover in (self.state_dir / agent_prefix(tenant, agent_id)).glob(
+                f"{durable.TEMPORARY_PREFIX}*"
+            ):
+                leftover.unlink(missing_ok=True)
             yield
 
     @contextmanager

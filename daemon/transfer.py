@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 from daemon import durable
 from daemon.bundle.sibling import HashingReader, sibling_bytes
@@ -174,12 +175,23 @@ def export(bundle: Bundle, target: Path, *, progress: Progress | None = None) ->
         raise UsageError(
             f"{final.name!r} cannot be a bundle's name", hint="use letters, digits, dot, dash, underscore"
         ) from exc
-    if final.exists():
-        _check_same(final, expected)
-    else:
-        _make_parents(final.parent)
-        _fetch(bundle, final, expected, sibling, progress)
-    durable.write_file(final.with_name(final.name + SIBLING_SUFFIX), sibling)
+    temporary = final.with_name(f"{durable.TEMPORARY_PREFIX}{final.name}.partial")
+    with (
+        durable.made_directory(final.parent),
+        durable.translating_os_errors("write", final),
+        durable.claimed_temporary(temporary, what=f"the export to {final}") as out,
+    ):
+        sibling_path = final.with_name(final.name + SIBLING_SUFFIX)
+        durable.discard_temporaries(sibling_path)
+        is_there = final.exists()
+        if is_there:
+            _check_same(final, expected)
+        else:
+            _fetch(bundle, out, expected, progress)
+        # The sibling first: whoever sees the bundle finds it.
+        durable.write_file(sibling_path, sibling)
+        if not is_there:
+            _claim(temporary, final)
     return final
 
 
@@ -193,32 +205,19 @@ def _check_same(final: Path, expected: str) -> None:
     )
 
 
-def _make_parents(directory: Path) -> None:
-    with durable.translating_os_errors("make the directory", directory):
-        directory.mkdir(parents=True, exist_ok=True)
-
-
-def _fetch(bundle: Bundle, final: Path, expected: str, sibling: bytes, progress: Progress | None) -> None:
-    temporary = final.with_name(f"{durable.TEMPORARY_PREFIX}{final.name}.partial")
-    with (
-        durable.translating_os_errors("write", final),
-        durable.claimed_temporary(temporary, what=f"the export to {final}") as out,
-    ):
-        with HashingReader(bundle.open()) as source:
-            while data := source.read(_COPY_BYTES):
-                out.write(data)
-                if progress is not None:
-                    progress(source.size_bytes)
-            actual = source.finish()
-        if actual != expected:
-            raise SiblingMismatch(
-                f"{bundle.name} is not what its sibling says: SHA-256 {actual}, not {expected}",
-                hint="nothing was kept; try again, then take another copy or snapshot",
-            )
-        durable.sync(out)
-        # The sibling first: whoever sees the bundle finds it.
-        durable.write_file(final.with_name(final.name + SIBLING_SUFFIX), sibling)
-        _claim(temporary, final)
+def _fetch(bundle: Bundle, out: BinaryIO, expected: str, progress: Progress | None) -> None:
+    with HashingReader(bundle.open()) as source:
+        while data := source.read(_COPY_BYTES):
+            out.write(data)
+            if progress is not None:
+                progress(source.size_bytes)
+        actual = source.finish()
+    if actual != expected:
+        raise SiblingMismatch(
+            f"{bundle.name} is not what its sibling says: SHA-256 {actual}, not {expected}",
+            hint="nothing was kept; try again, then take another copy or snapshot",
+        )
+    durable.sync(out)
 
 
 def _claim(temporary: Path, final: Path) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from daemon import durable
-from daemon.errors import LocalWriteError, MalformedBundle, RefusedError
+from daemon.errors import AgentkeepError, LocalWriteError, MalformedBundle, RefusedError
 from daemon.locate import Bundle
 from daemon.model import (
     AgentSpec,
@@ -153,34 +153,21 @@ def _is_within(name: str, manifest: Manifest) -> bool:
 @contextmanager
 def _prepared(target: Path) -> Iterator[Path]:
     """Scratch beside the target, for one restore at a time. Raises RefusedError, BusyError."""
-    _refuse_occupied(target)
-    what = f"a restore to {target}"
+    name, what = f"restore-{target.name}", f"a restore to {target}"
+    try:
+        _refuse_occupied(target)
+    except RefusedError:
+        if os.path.lexists(durable.scratch_path(target.parent, name)):  # killed when all was in place
+            with suppress(AgentkeepError), durable.scratch_directory(target.parent, name, what=what):
+                pass
+        raise
     with (
-        _made(target.parent),
-        durable.scratch_directory(target.parent, f"restore-{target.name}", what=what) as scratch,
+        durable.made_directory(target.parent),
+        durable.scratch_directory(target.parent, name, what=what) as scratch,
     ):
         (scratch / "parts").mkdir(mode=0o700)
         (scratch / "tree").mkdir(mode=0o700)
         yield scratch
-
-
-@contextmanager
-def _made(directory: Path) -> Iterator[None]:
-    """A directory and those above it, made where they are missing, and gone again if nothing comes of it."""
-    missing = []
-    while not os.path.lexists(directory):
-        missing.append(directory)
-        directory = directory.parent
-    try:
-        for path in reversed(missing):
-            with durable.translating_os_errors("make the directory", path):
-                path.mkdir(exist_ok=True)
-        yield
-    except BaseException:
-        for path in missing:
-            with suppress(OSError):  # not there, or somebody else has put something in it
-                path.rmdir()
-        raise
 
 
 def _refuse_occupied(target: Path) -> None:

@@ -189,7 +189,7 @@ class Host:
         self.offsite.mkdir(exist_ok=True)
         self.config = home / "agentkeep.toml"
         self.environment = clean_environment(home)
-        self._server = server
+        self.server = server
 
     def configure(
         self, agents: Mapping[str, str], *, destinations: Mapping[str, str] | None = None, top: str = ""
@@ -228,7 +228,7 @@ class Host:
     ) -> Iterator[Running]:
         """A command in the background. configured: with this host's configuration; extra: variables."""
         given = ["--config", str(self.config)] if configured else []
-        with self._server.started(
+        with self.server.started(
             *given,
             *map(str, arguments),
             cwd=self.home,

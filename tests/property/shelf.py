@@ -116,7 +116,11 @@ def backend_of(destination: Destination) -> StorageBackend:
 def stored(destination: Destination) -> dict[str, bytes]:
     """Every object at a destination."""
     backend = backend_of(destination)
-    return {info.key: backend.open(info.key).read() for info in backend.list()}
+    objects = {}
+    for info in backend.list():
+        with backend.open(info.key) as stream:
+            objects[info.key] = stream.read()
+    return objects
 
 
 def store_object(destination: Destination, key: str, data: bytes) -> None:

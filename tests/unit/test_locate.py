@@ -313,8 +313,8 @@ def test_a_path_names_a_file_of_any_name(
     path.write_bytes(b"whatever")
     monkeypatch.chdir(tmp_path)
     for name in (str(path), "./copy of it"):
-        with located(name, NOWHERE) as bundle:
-            assert bundle.open().read() == b"whatever"
+        with located(name, NOWHERE) as bundle, bundle.open() as stream:
+            assert stream.read() == b"whatever"
             assert bundle.key is None
             assert bundle.file_name == "copy of it"
             assert bundle.size_bytes() == 8
