@@ -4,8 +4,8 @@ A scan is also a reading: two scans that are equal, with every signature older t
 time granularity, prove that no plain file changed in between (see cut.py). SQLite databases are told
 by their header, never by their suffix; their content is none of a scan's business.
 
-Must not: follow a symlink, open a file that SQLite holds open in this process (closing any descriptor
-of it would drop SQLite's POSIX locks; https://sqlite.org/howtocorrupt.html, 2.2).
+Must not: follow a symlink, open a file that SQLite holds open in this process, or its sidecars (closing
+any descriptor of them would drop SQLite's POSIX locks; https://sqlite.org/howtocorrupt.html, 2.2).
 """
 
 from __future__ import annotations
@@ -238,11 +238,21 @@ class Scanner:
     def _is_database(self, path: str, signature: Signature) -> bool:
         if signature.identity in self.held_open:
             return True
+        if self._is_sidecar(path):
+            return False
         # Looked at again when it changes: its inode may be another file's by then.
         key = (*signature.identity, signature.ctime_ns)
         if key not in self._known:
             self._known[key] = _has_sqlite_header(self._spec.root / path)
         return self._known[key]
+
+    def _is_sidecar(self, path: str) -> bool:
+        """By name and neighbour, never by content: SQLite holds locks on a `-shm`, which closing any
+        descriptor of it in this process would drop, and with them the pin."""
+        return any(
+            path.endswith(suffix) and os.path.lexists(self._spec.root / path.removesuffix(suffix))
+            for suffix in SIDECARS
+        )
 
     @staticmethod
     def _drop_sidecars(found: Scan) -> None:
