@@ -49,9 +49,14 @@ def _complaint(path: Path, text: str, error: Any) -> str:
         "valid tuple", "list"
     )
     value = error.get("input")
-    is_plain = isinstance(value, str | int | float | bool) and not _SECRET_KEYS & set(map(str, location))
+    is_plain = isinstance(value, str | int | float | bool) and _may_be_shown(location)
     shown = f", not {value!r}" if is_plain and repr(value) not in message else ""
     return f"{where}{key}: {message[:1].lower()}{message[1:]}{shown}"
+
+
+def _may_be_shown(location: Location) -> bool:
+    """Of a destination only single values, those that are no secret: a whole one may hold some."""
+    return location[0] != "destinations" or (len(location) == 3 and location[2] not in _SECRET_KEYS)
 
 
 def _known_keys(location: Location) -> list[str]:

@@ -21,7 +21,7 @@ from config.agents import agent_spec
 from config.complaints import at, explain, is_there, nearest, nearest_path, not_json
 from config.settings import ENVIRONMENT_PREFIX, AgentSettings, Settings
 from daemon.errors import AgentNotFound, ConfigError, UsageError
-from daemon.model import AgentSpec, fixed_head, has_wildcard
+from daemon.model import AgentSpec, StateSource, fixed_head, has_wildcard
 from storage_backends import known_schemes
 
 _OWN_VARIABLES = {"AGENTKEEP_CONFIG"}
@@ -61,19 +61,19 @@ class Configuration:
         spec = self.agents[agent_id]
         required = [spec.root / path for path in spec.required] if is_there(spec.root) else []
         return [
-            f"{at(self.path, self._text, ('agents', agent_id, self._key_of(agent_id, path)))}no such path: {path}"
+            f"{at(self.path, self._text, self._location_of(agent_id, path))}no such path: {path}"
             f"{nearest_path(path)}"
             for path in (spec.root, *required)
             if not is_there(path)
         ]
 
-    def _key_of(self, agent_id: str, path: Path) -> str:
-        """The key of an agent's settings that names `path`."""
+    def _location_of(self, agent_id: str, path: Path) -> tuple[str, str, str]:
+        """The key that names `path`."""
         root = self.agents[agent_id].root
         for key, pattern in self.settings.agents[agent_id].spelled_out:
             if root / Path(pattern).expanduser() == path:
-                return key
-        return "root"
+                return ("agents", agent_id, key)
+        return ("agents", agent_id, "root")
 
 
 def find_config_file(given: Path | None) -> Path:
@@ -118,7 +118,7 @@ def load(path: Path) -> Configuration:
     return Configuration(path, settings, agents, text)
 
 
-_EXAMPLE_HINT = "config/agentkeep.example.toml shows every key with its meaning"
+_EXAMPLE_HINT = f"{Path(__file__).with_name('agentkeep.example.toml')} shows every key with its meaning"
 
 
 def _agents(path: Path, text: str, settings: Settings) -> dict[str, AgentSpec]:
@@ -149,7 +149,7 @@ def _check_environment() -> None:
 def _check_destinations(path: Path, text: str, settings: Settings) -> None:
     for name, destination in settings.destinations.items():
         scheme, separator, _ = destination.url.partition("://")
-        schemes = known_schemes()
+        schemes = [known for known in known_schemes() if known != "memory"]  # gone with the process
         if not separator or scheme not in schemes:
             raise ConfigError(
                 f"{at(path, text, ('destinations', name, 'url'))}no storage backend for"
@@ -185,14 +185,27 @@ def _check_overlap(path: Path, text: str, agents: Mapping[str, AgentSpec]) -> No
             if has_wildcard(str(place)):
                 spelled = re.compile(fnmatch.translate(str(place)))
                 patterns.setdefault(Path(fixed_head(str(place))), []).append((place, spelled))
-    for place, agent_id in owners.items():
+    # A state value of one agent within another: one would read what the other has pinned, and a database
+    # must not be opened as a file while SQLite has it open in the same process.
+    states = [
+        (_resolved_state(source), agent_id) for agent_id, spec in agents.items() for source in spec.states
+    ]
+    for place, agent_id in [*owners.items(), *states]:
         for other in _claims_on(place, owners, patterns):
             if owners[other] != agent_id:
                 refuse(agent_id, place, other)
 
 
+def _resolved_state(source: StateSource) -> Path:
+    path = source.file or source.sqlite
+    assert path is not None
+    return path.resolve()
+
+
 def _claims_on(place: Path, owners: Mapping[Path, str], patterns: Mapping[Path, _Patterns]) -> Iterable[Path]:
-    """What of that which is claimed lies above a place, or is a pattern that it matches."""
+    """What of that which is claimed is a place, lies above it, or is a pattern that it matches."""
+    if place in owners:
+        yield place
     for above in place.parents:
         if above in owners:
             yield above

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+from daemon.capture.cut import with_memdir
+from daemon.capture.git import LiveRepository, RepositoryUnreadable
 from daemon.capture.scan import Scanner
+from daemon.capture.sqlite import DatabaseUnreadable, LiveDatabase
 from daemon.destinations import Destination
 from daemon.errors import AgentkeepError, ExitCode
-from daemon.model import AgentSpec
+from daemon.model import AgentSpec, Failure
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,25 +65,39 @@ def _check_agent(spec: AgentSpec, missing: list[str]) -> list[Finding]:
     subject = f"agent {spec.agent_id}"
     if missing:
         return [Finding(subject, "failure", complaint, "mend the path") for complaint in missing]
+    spec = with_memdir(spec)
     scan = Scanner(spec).scan()
-    findings = [
-        Finding(subject, "failure", f"{failure.source}: {failure.reason}", failure.hint)
-        for failure in [*scan.failures.values(), *scan.suspects.values()]
-    ]
-    foreign = [path for path, found in scan.databases.items() if found.owner != os.geteuid()]
-    findings += [
-        Finding(
-            subject,
-            "failure",
-            f"{spec.root / path} belongs to another user",
-            "run agentkeep as the agent's user: another user's connection leaves files it cannot write",
-        )
-        for path in foreign
-    ]
-    if not findings:
-        counts = f"{len(scan.databases)} databases, {len(scan.files)} files"
-        findings.append(Finding(subject, "ok", f"{spec.root}: {counts}"))
-    return findings
+    problems = [*scan.failures.values(), *scan.suspects.values()]
+    problems += filter(None, (_try_database(spec.root / path) for path in scan.databases))
+    has_repository = spec.memdir is not None and (spec.memdir / ".git").exists()
+    problems += filter(None, [_try_repository(spec.memdir)] if has_repository else [])
+    if problems:
+        return [
+            Finding(subject, "failure", f"{failure.source}: {failure.reason}", failure.hint, ExitCode.PARTIAL)
+            for failure in problems
+        ]
+    repository = f", git in {spec.memdir}" if has_repository else ""
+    counts = f"{len(scan.databases)} databases, {len(scan.files)} files{repository}"
+    return [Finding(subject, "ok", f"{spec.root}: {counts}")]
+
+
+def _try_database(path: Path) -> Failure | None:
+    """Whether it can be opened and its schema read; its pages are checked when it is captured."""
+    try:
+        LiveDatabase(path).close()
+    except DatabaseUnreadable as exc:
+        return Failure(source=str(path), reason=str(exc), hint=exc.hint)
+    return None
+
+
+def _try_repository(memdir: Path | None) -> Failure | None:
+    assert memdir is not None
+    try:
+        with closing(LiveRepository(memdir)) as repository:
+            repository.reading()
+    except RepositoryUnreadable as exc:
+        return Failure(source=str(memdir), reason=str(exc), hint=exc.hint)
+    return None
 
 
 def _check_destination(destination: Destination) -> Finding:

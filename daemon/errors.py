@@ -48,10 +48,11 @@ class AgentkeepError(Exception):
     """What happened and why (`str(error)`), what to do about it (`hint`), how to exit (`exit_code`)."""
 
     exit_code: ExitCode = ExitCode.BUG
+    usual_hint: str = ""
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
-        self.hint = hint
+        self.hint = hint or self.usual_hint
 
 
 class UsageError(AgentkeepError):
@@ -65,10 +66,12 @@ class IntegrityError(AgentkeepError):
 class SiblingMissing(IntegrityError): ...
 
 
-class SiblingMismatch(IntegrityError): ...
+class SiblingMismatch(IntegrityError):
+    usual_hint = "take another copy of the bundle, or another snapshot; do not trust this one"
 
 
-class MalformedBundle(IntegrityError): ...
+class MalformedBundle(IntegrityError):
+    usual_hint = "take another copy of the bundle, or another snapshot; do not trust this one"
 
 
 class BrokenSeal(MalformedBundle): ...
@@ -90,7 +93,8 @@ class NotFoundError(AgentkeepError):
 class AgentNotFound(NotFoundError): ...
 
 
-class SnapshotNotFound(NotFoundError): ...
+class SnapshotNotFound(NotFoundError):
+    usual_hint = "`agentkeep list` shows what there is; check the name and the permissions"
 
 
 class StorageUnavailable(AgentkeepError):
@@ -99,6 +103,7 @@ class StorageUnavailable(AgentkeepError):
 
 class LocalWriteError(AgentkeepError):
     exit_code = ExitCode.CANNOT_CREATE
+    usual_hint = "look at that path: its permissions, what is there already, the state of its disk"
 
 
 class BusyError(AgentkeepError):

@@ -253,7 +253,23 @@ def _presentable(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
+def _one_line(text: str) -> str:
+    """SQLite explains itself in several. Idempotent."""
+    return " ".join(_presentable(text).split())
+
+
 Presentable = Annotated[str, AfterValidator(_presentable)]
+OneLine = Annotated[str, AfterValidator(_one_line)]
+
+
+def _check_link_target(text: str) -> str:
+    target = base64.b64decode(text, validate=True)
+    if not 0 < len(target) < 4096 or b"\0" in target or base64.b64encode(target).decode() != text:
+        raise ValueError("not the target of a symbolic link")
+    return text
+
+
+LinkTarget = Annotated[str, AfterValidator(_check_link_target)]
 MemberName = Annotated[str, AfterValidator(_check_member_name)]
 Name = Annotated[str, AfterValidator(_check_name)]
 SnapshotId = Annotated[str, AfterValidator(_check_snapshot_id)]
@@ -308,7 +324,7 @@ class Artifact(_Record):
 
 class Symlink(_Record):
     path: MemberName
-    target_b64: str
+    target_b64: LinkTarget
 
 
 class Directory(_Record):
@@ -328,8 +344,8 @@ class Failure(_Record):
     """A source that could not be captured as it should have been. Any of these: `complete` is false."""
 
     source: Presentable
-    reason: Presentable
-    hint: Presentable = ""
+    reason: OneLine
+    hint: OneLine = ""
     kept_as: tuple[MemberName, ...] = Field(default=(), strict=False)
 
 
@@ -383,6 +399,8 @@ class Manifest(_Record):
     schema_versions: dict[str, int] = Field(default_factory=dict)
     memdir: str | None = None
     """Where the memdir lay relative to the agent's root; "." is the root itself."""
+    root_mode: Mode | None = None
+    memdir_mode: Mode | None = None
     git: GitFacts | None = None
     artifacts: tuple[Artifact, ...] = Field(strict=False)
     directories: tuple[Directory, ...] = Field(default=(), strict=False)

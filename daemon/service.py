@@ -220,6 +220,7 @@ def _log_snapshot(record: SnapshotRecord, *, agent: str, seconds: float) -> None
             "snapshot": record.snapshot_id,
             "consistency": record.consistency.level,
             "window_ms": record.consistency.window_ms,
+            **({"moved": ",".join(record.consistency.moved[:5])} if record.consistency.moved else {}),
             "bytes": record.size_bytes,
             "seconds": seconds,
         },

@@ -186,6 +186,8 @@ def _facts(capture: Capture, recipients: list[Any], *, label: str | None, create
         "consistency": capture.consistency,
         "schema_versions": capture.schema_versions,
         "memdir": capture.memdir,
+        "root_mode": capture.root_mode,
+        "memdir_mode": capture.memdir_mode,
         "git": capture.git,
         "directories": capture.directories,
         "symlinks": capture.symlinks,

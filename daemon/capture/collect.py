@@ -5,6 +5,7 @@ What anybody could wait for comes first: pinned databases are copied and let go 
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -68,6 +69,8 @@ class Capture:
     directories: tuple[Directory, ...] = ()
     symlinks: tuple[Symlink, ...] = ()
     memdir: str | None = None
+    root_mode: int | None = None
+    memdir_mode: int | None = None
     git: GitFacts | None = None
     schema_versions: dict[str, int] = field(default_factory=dict)
     states: dict[str, StateHome] = field(default_factory=dict)
@@ -116,6 +119,8 @@ class _Collector:
         self._collect_files()
         self._collect_failures()
         self._capture.memdir = self._memdir
+        self._capture.root_mode = _mode_of(self._spec.root)
+        self._capture.memdir_mode = _mode_of(self._spec.memdir)
         self._capture.excluded = self._scan.exclusions()
 
     def _room(self, name: str) -> Path:
@@ -247,7 +252,8 @@ class _Collector:
             return
         copy = self._room("state") / f"{source.name}.json"
         copy.write_bytes(data)
-        self._add(f"state/{source.name}.json", ArtifactKind.STATE, copy)
+        staged = self._sources.staging.files.get(self._sources.path_of(source.file)) if source.file else None
+        self._add(f"state/{source.name}.json", ArtifactKind.STATE, copy, staged=staged)
 
     def _state_bytes(self, source: StateSource) -> bytes:
         if source.file is not None:
@@ -302,6 +308,10 @@ class _Collector:
             for path, staged in sorted(keeping.files.items())
         )
         self._capture.failures.append(failure.model_copy(update={"kept_as": kept}))
+
+
+def _mode_of(directory: Path | None) -> int | None:
+    return stat.S_IMODE(directory.stat().st_mode) if directory is not None and directory.is_dir() else None
 
 
 def _opaque(path: str) -> str:

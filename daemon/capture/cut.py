@@ -53,7 +53,7 @@ def take_cut(spec: AgentSpec, scratch: Path, *, options: CutOptions | None = Non
             hint="mend `root` in the configuration, or bring the agent back with `agentkeep restore`",
         )
     options = options or CutOptions()
-    spec = _with_memdir(spec)
+    spec = with_memdir(spec)
     staged = scratch / "staged"
     staged.mkdir()
     with ExitStack() as stack:
@@ -64,7 +64,7 @@ def take_cut(spec: AgentSpec, scratch: Path, *, options: CutOptions | None = Non
     return capture
 
 
-def _with_memdir(spec: AgentSpec) -> AgentSpec:
+def with_memdir(spec: AgentSpec) -> AgentSpec:
     """`spec` with the first of its candidates that is a git repository now, if it names no memdir."""
     for candidate in spec.memdir_candidates if spec.memdir is None else ():
         if (spec.root / candidate / ".git").exists():

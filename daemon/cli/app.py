@@ -36,7 +36,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-AgentArgument = Annotated[str | None, typer.Argument(metavar="[AGENT]", help="The agent's id.")]
+AgentArgument = Annotated[str | None, typer.Argument(help="The agent's id; needed if there are several.")]
 AgentOption = Annotated[str | None, typer.Option("--agent", help="The agent, for `latest`.")]
 SnapshotArgument = Annotated[
     str,
@@ -126,6 +126,7 @@ def list_snapshots(context: typer.Context, agent: AgentArgument = None) -> int:
         render.print_json({"snapshots": [render.snapshot_document(record) for record in records]})
     elif records:
         render.stdout().print(render.snapshots_table(records))
+        render.print_upload_errors(records)
     else:
         render.stdout().print("no snapshots yet: `agentkeep snapshot` takes one")
     return ExitCode.OK

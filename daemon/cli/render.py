@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from daemon.errors import AgentkeepError
-from daemon.model import Manifest, SnapshotRecord, snapshot_time
+from daemon.model import Manifest, SnapshotRecord, UploadState, snapshot_time
 
 if TYPE_CHECKING:
     from daemon.check import Finding
@@ -24,6 +25,7 @@ _MARKS = {"ok": "[green]ok[/]", "failed": "[red]failed[/]", "not checked": "[yel
 
 
 _PIPE_COLUMNS = 400
+_MOST_NAMES = 20
 
 
 def stdout() -> Console:
@@ -117,6 +119,18 @@ def snapshots_table(records: list[SnapshotRecord]) -> Table:
     return table
 
 
+def print_upload_errors(records: list[SnapshotRecord]) -> None:
+    """Why uploads have not come to their end, the newest reason of each destination."""
+    reasons = {
+        name: upload.last_error
+        for record in records
+        for name, upload in record.uploads.items()
+        if upload.state != UploadState.CONFIRMED and upload.last_error
+    }
+    for reason in reasons.values():
+        stdout().print(Text("not uploaded  ", style="red") + _text(reason))
+
+
 def _agent_name(tenant: str, agent_id: str) -> str:
     return agent_id if tenant == "default" else f"{tenant}/{agent_id}"
 
@@ -134,9 +148,7 @@ def print_snapshot(record: SnapshotRecord) -> None:
     console.print(f"  content      {sizes}{', encrypted' if record.key.encrypted else ''}")
     console.print(f"  key          {record.key}")
     for name, upload in record.uploads.items():
-        console.print(
-            _text(f"  upload       {name}: {upload.state.value} {upload.last_error or ''}".rstrip())
-        )
+        console.print(Text(f"  upload       {name}: {upload.state.value}"))
     for failure in record.failures:
         console.print(Text("  not captured ", style="red") + _text(f"{failure.source}: {failure.reason}"))
         if failure.hint:
@@ -164,6 +176,9 @@ def print_manifest(manifest: Manifest) -> None:
         console.print(Text("  not captured ", style="red") + _text(f"{failure.source}: {failure.reason}"))
     for excluded in manifest.excluded:
         console.print(_text(f"  left out     {excluded.count} x {excluded.pattern} ({excluded.reason})"))
+    for symlink in manifest.symlinks:
+        target = base64.b64decode(symlink.target_b64).decode("utf-8", "backslashreplace")
+        console.print(_text(f"  symlink      {symlink.path} -> {target}"))
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("artifact")
     table.add_column("kind")
@@ -197,8 +212,10 @@ def print_restored(report: RestoreReport) -> None:
         console.print("  [bold red]the snapshot is incomplete[/], these were not captured:")
     for failure in manifest.failures:
         console.print(_text(f"    {failure.source}: {failure.reason}"))
-    for name in report.not_put_back:
+    for name in report.not_put_back[:_MOST_NAMES]:
         console.print(_text(f"  has no place of its own and was not put back: {name}"))
+    if len(report.not_put_back) > _MOST_NAMES:
+        console.print(f"  and {len(report.not_put_back) - _MOST_NAMES} more; --json names them all")
 
 
 def print_findings(findings: list[Finding]) -> None:

@@ -55,25 +55,32 @@ class Layout(Protocol):
     def place(self, room: str, path: str) -> str | None: ...
     def place_directory(self, room: str, path: str) -> str | None: ...
     def memdir(self) -> str | None: ...
+    def root_mode(self) -> int | None: ...
 
 
 class DirectoryLayout:
     """`--to DIR`: every room a directory, the work tree and its repository together in `memdir/`."""
 
     def __init__(self, manifest: Manifest) -> None:
-        homes = [artifact.path_in_bundle for artifact in manifest.artifacts]
-        homes += [f"state/{home.path}" for home in manifest.states.values()]
-        self._used = {home.partition("/")[2].rpartition("/")[0] for home in homes}
+        rooms: dict[str, set[str]] = {"sqlite": set(), "state": set(), "files": set()}
+        for artifact in manifest.artifacts:
+            room, _, inner = artifact.path_in_bundle.partition("/")
+            rooms.setdefault(room, set()).add(_directory_of(inner))
+        rooms["state"] = {_directory_of(home.path) for home in manifest.states.values()}
+        self._elsewhere = (rooms["sqlite"] | rooms["state"]) - rooms["files"]
 
     def place(self, room: str, path: str) -> str | None:
         return f"{'memdir' if room == 'memory_files' else room}/{path}"
 
     def place_directory(self, room: str, path: str) -> str | None:
         """Nowhere, if what was in it is in another room: an empty twin in `files/` would only puzzle."""
-        return None if room == "files" and path in self._used else self.place(room, path)
+        return None if room == "files" and path in self._elsewhere else self.place(room, path)
 
     def memdir(self) -> str | None:
         return "memdir"
+
+    def root_mode(self) -> int | None:
+        return None  # DIR is no directory of the agent's
 
 
 class AgentLayout:
@@ -81,6 +88,7 @@ class AgentLayout:
 
     def __init__(self, manifest: Manifest) -> None:
         self._memdir = manifest.memdir
+        self._root_mode = manifest.root_mode
         self._state_files = {
             name: from_member_name(home.path)
             for name, home in manifest.states.items()
@@ -99,6 +107,9 @@ class AgentLayout:
 
     def memdir(self) -> str | None:
         return self._memdir
+
+    def root_mode(self) -> int | None:
+        return self._root_mode
 
 
 def restore_to_directory(
@@ -197,7 +208,7 @@ def _assemble(manifest: Manifest, parts: Path, tree: Path, layout: Layout) -> tu
     with durable.translating_os_errors("put together", tree):
         _make_directories(manifest, tree, layout)
         _rebuild_git(manifest, parts, tree, layout)
-        _make_symlinks(manifest, tree, layout)
+        not_put_back += _make_symlinks(manifest, tree, layout)
         _set_attributes(manifest, tree, layout)
     return tuple(not_put_back)
 
@@ -248,12 +259,15 @@ def _rebuild_git(manifest: Manifest, parts: Path, tree: Path, layout: Layout) ->
     )
 
 
-def _make_symlinks(manifest: Manifest, tree: Path, layout: Layout) -> None:
-    """Last, so that nothing is ever written through one. Only relative ones that stay inside are made."""
+def _make_symlinks(manifest: Manifest, tree: Path, layout: Layout) -> list[str]:
+    """Last, so that nothing is ever written through one. Only relative ones that stay inside are made; the
+    others, to be told of."""
+    left = []
     for symlink in manifest.symlinks:
         place = _place_of(symlink.path, layout)
         target = _target_of(symlink)
         if place is None or not stays_inside(place, target):
+            left.append(f"{symlink.path} (a symlink that leads out, to {os.fsencode(target)!r})")
             continue
         link = tree / place
         try:
@@ -264,6 +278,7 @@ def _make_symlinks(manifest: Manifest, tree: Path, layout: Layout) -> None:
         if os.path.lexists(link) or link.parent.resolve() != tree.resolve() / Path(place).parent:
             raise MalformedBundle(f"a symlink wants the place of something else: {place[:200]!r}")
         link.symlink_to(target)
+    return left
 
 
 def _target_of(symlink: Symlink) -> str:
@@ -291,11 +306,25 @@ def _set_attributes(manifest: Manifest, tree: Path, layout: Layout) -> None:
     for directory in sorted(manifest.directories, key=lambda item: item.path.count("/"), reverse=True):
         place = _place_of_directory(directory.path, layout)
         if place is not None:
-            (tree / place).chmod(directory.mode & 0o777 | stat.S_IRWXU)
+            _set_directory_mode(tree / place, directory.mode)
+    memdir = layout.memdir()
+    if memdir is not None and manifest.memdir_mode is not None and (tree / memdir).is_dir():
+        _set_directory_mode(tree / memdir, manifest.memdir_mode)
+    if (root_mode := layout.root_mode()) is not None:
+        _set_directory_mode(tree, root_mode)
+
+
+def _set_directory_mode(directory: Path, mode: int) -> None:
+    """Open to its owner in any case: what cannot be entered can be neither used nor put in place."""
+    directory.chmod(mode & 0o777 | stat.S_IRWXU)
 
 
 def _place_of(member: str, layout: Layout) -> str | None:
     return _checked(layout.place(*str(member_path(member)).split("/", 1)), layout)
+
+
+def _directory_of(path: str) -> str:
+    return path.rpartition("/")[0]
 
 
 def _place_of_directory(member: str, layout: Layout) -> str | None:

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -22,6 +22,7 @@ from tests.e2e.fork_server import MAX_REQUEST_BYTES, READY
 REPOSITORY = Path(__file__).parents[2]
 LIMIT_SECONDS = 60.0
 _POLL_SECONDS = 0.005
+_TRIES = 8
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,7 @@ class Running:
 
     def close(self) -> None:
         self.kill()
-        self._status.close()
         os.close(self._pidfd)
-        self._out.close()
-        self._err.close()
 
     def _has_ended(self, seconds: float) -> bool:
         ready, _, _ = select.select([self._status], [], [], seconds)
@@ -125,20 +123,20 @@ class ForkServer:
         }
         data = json.dumps(request).encode()
         assert len(data) < MAX_REQUEST_BYTES
-        given, out, err = (tempfile.TemporaryFile() for _ in range(3))
-        given.write(stdin)
-        given.seek(0)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with given, theirs:
-            streams = [given.fileno(), out.fileno(), err.fileno(), theirs.fileno()]
-            socket.send_fds(self._client, [data], streams)
-        ours.settimeout(LIMIT_SECONDS)
-        pid, (pidfd,), _, _ = socket.recv_fds(ours, 64, 1)
-        running = Running(int(pid), pidfd, ours, out, err)
-        try:
-            yield running
-        finally:
-            running.close()
+        with ours, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+            with theirs, tempfile.TemporaryFile() as given:
+                given.write(stdin)
+                given.seek(0)
+                streams = [given.fileno(), out.fileno(), err.fileno(), theirs.fileno()]
+                socket.send_fds(self._client, [data], streams)
+            ours.settimeout(LIMIT_SECONDS)
+            pid, (pidfd,), _, _ = socket.recv_fds(ours, 64, 1)
+            running = Running(int(pid), pidfd, ours, out, err)
+            try:
+                yield running
+            finally:
+                running.close()
 
 
 @contextmanager
@@ -249,18 +247,27 @@ class Host:
         return self.document("show", str(snap))
 
     def bundles_at(self, destination: Path) -> list[Path]:
-        found = [*destination.rglob("*.tar.zst"), *destination.rglob("*.tar.zst.age")]
+        suffixes = (".tar.zst", ".tar.zst.age")
+        found = (path for path in files_below(destination) if path.name.endswith(suffixes))
         return sorted(path for path in found if not path.name.startswith("."))
 
 
 def leftovers(*places: Path) -> list[Path]:
     """Everything that is not finished work: temporary names and unfinished uploads."""
-    found = []
-    for place in places:
-        for path in place.rglob("*"):
-            if path.name.startswith(".agentkeep-") or path.parent.name == ".incoming":
-                found.append(path)
-    return found
+    return [
+        path
+        for place in places
+        for path in files_below(place, with_directories=True)
+        if path.name.startswith(".agentkeep-") or path.parent.name == ".incoming"
+    ]
+
+
+def files_below(place: Path, *, with_directories: bool = False) -> Iterator[Path]:
+    """Also while others make and remove some of it, which Path.rglob does not bear."""
+    for directory, directories, files in os.walk(place):
+        yield from (Path(directory, name) for name in files)
+        if with_directories:
+            yield from (Path(directory, name) for name in directories)
 
 
 def quoted(value: str | Path) -> str:
@@ -277,25 +284,41 @@ def wait_until(condition: Callable[[], bool], what: str, *, limit_seconds: float
         time.sleep(_POLL_SECONDS)
 
 
-def freeze_when(running: Running, condition: Callable[[], bool], what: str) -> None:
-    """Stop the command (SIGSTOP) at a moment at which the condition holds; SIGCONT lets it go on."""
+def freeze_when(running: Running, condition: Callable[[], bool], what: str) -> bool:
+    """Stop a command (SIGSTOP) at a moment at which the condition holds; SIGCONT lets it go on. False if
+    the command was over before it was met at such a moment."""
     while True:
         wait_until(lambda: condition() or not running.is_running(), what)
         running.send(signal.SIGSTOP)
         wait_until(lambda: _is_frozen(running), "the command to stop")
+        if not running.is_running():
+            return False
         if condition():
-            return
-        assert running.is_running(), f"it ended before {what}: {running.output()}"
+            return True
         running.send(signal.SIGCONT)
+
+
+@contextmanager
+def frozen(
+    start: Callable[[], AbstractContextManager[Running]], condition: Callable[[], bool], what: str
+) -> Iterator[Running]:
+    """A command that was frozen in the middle of something, begun anew if it was too quick to be met."""
+    for _ in range(_TRIES):
+        with start() as running:
+            if freeze_when(running, condition, what):
+                yield running
+                return
+    raise AssertionError(f"never met: {what}")
 
 
 def _is_frozen(running: Running) -> bool:
     """Every thread of it."""
-    states = [
-        path.read_text().rpartition(")")[2].split()[0]
-        for path in Path(f"/proc/{running.pid}/task").glob("*/stat")
-    ]
-    return not running.is_running() or set(states) <= {"T", "Z"}
+    try:
+        stats = [path.read_text() for path in Path(f"/proc/{running.pid}/task").glob("*/stat")]
+    except OSError:  # one of them is over
+        return not running.is_running()
+    states = {stat.rpartition(")")[2].split()[0] for stat in stats}
+    return not running.is_running() or states <= {"T", "Z"}
 
 
 def _content(stream: IO[bytes]) -> str:

@@ -74,7 +74,8 @@ def main() -> None:
     client.send(READY)
     running: dict[int, _Command] = {}
     while True:
-        ready, _, _ = select.select([client, *running], [], [])
+        waiting_for: list[Any] = [client, *running]
+        ready, _, _ = select.select(waiting_for, [], [])
         for found in ready:
             if isinstance(found, int):
                 _report_end(found, running.pop(found))

@@ -189,6 +189,24 @@ def test_a_broken_database_is_kept_as_raw_bytes_and_the_rest_is_sealed(
     assert kinds["opaque/db/victim.sqlite"] == "opaque"
 
 
+def test_a_broken_database_of_an_odd_name_is_named_and_kept(agent: Agent) -> None:
+    """Its name cannot be said as it is, neither in JSON nor on a terminal; it has to be said anyhow."""
+    take_earlier(agent)
+    odd = agent.root / os.fsdecode(b"latin1-\xe9\n[red]\\.sqlite")
+    odd.write_bytes(b"no database")
+    record = agent.agentkeep("snapshot", expecting=3)
+    (failure,) = record["failures"]
+    assert failure["kept_as"] == ["opaque/latin1-\\xe9\\x0a[red]\\x5c.sqlite"]
+    assert "latin1-\\xe9" in failure["source"]
+    for command in (["snapshot"], ["show", record["snapshot_id"]], ["list"]):
+        said = agent.host.agentkeep(*command, expecting=3 if command == ["snapshot"] else 0)
+        assert said.stdout
+    back = agent.host.home / "back"
+    said = agent.host.agentkeep("restore", record["snapshot_id"], "--to", back, expecting=3)
+    assert "latin1-\\xe9" in said.stdout
+    assert (back / "opaque" / odd.name).read_bytes() == b"no database"
+
+
 def test_the_wal_of_a_broken_database_is_kept_with_it(agent: Agent) -> None:
     take_earlier(agent)
     agent.victim.unlink()

@@ -94,10 +94,9 @@ def test_a_busy_agent_comes_back_as_one_instant_by_bucket_key_without_any_config
     environment = clean_environment(elsewhere) | seaweedfs.environment()
     del environment["AWS_ENDPOINT_URL_S3"]
     restored = elsewhere / "back"
-    command = ["--json", "restore", f"{url}/{record['key']}", "--to", restored]
-    done = exec_agentkeep(
-        *command, "--endpoint-url", seaweedfs.endpoint_url, home=elsewhere, environment=environment
-    )
+    command: list[str | Path] = ["--json", "restore", f"{url}/{record['key']}", "--to", restored]
+    command += ["--endpoint-url", seaweedfs.endpoint_url]
+    done = exec_agentkeep(*command, home=elsewhere, environment=environment)
     assert done.exit_code == 0, done.stderr
     assert done.document["snapshot_id"] == record["snapshot_id"]
     assert done.document["complete"] is True

@@ -21,37 +21,35 @@ def listing(root: Path, *, skip: tuple[str, ...] = ()) -> dict[bytes, Entry]:
 
     A directory's time is left out: it moves when something is made in it. No access time is moved.
     """
-    found: dict[bytes, Entry] = {}
-    for directory, directories, files in os.walk(os.fsencode(root)):
-        for name in directories + files:
-            path = os.path.join(directory, name)
-            relative = os.path.relpath(path, os.fsencode(root))
-            if not relative.endswith(tuple(os.fsencode(ending) for ending in skip)):
-                found[relative] = _entry(path)
-    return found
-
-
-def _entry(path: bytes) -> Entry:
-    status = os.lstat(path)
-    mode = stat.S_IMODE(status.st_mode)
-    if stat.S_ISDIR(status.st_mode):
-        return Entry("directory", mode, 0, b"")
-    if stat.S_ISLNK(status.st_mode):
-        return Entry("symlink", 0, 0, os.readlink(path))
-    if stat.S_ISREG(status.st_mode):
-        return Entry("file", mode, status.st_mtime_ns, read(path))
-    return Entry("special", mode, status.st_mtime_ns, b"")
-
-
-def read(path: bytes | Path) -> bytes:
-    with open(os.open(path, os.O_RDONLY | os.O_NOATIME), "rb") as stream:
-        return stream.read()
+    return {
+        os.fsencode(path.relative_to(root)): _entry(path)
+        for directory, directories, files in os.walk(root)
+        for path in (Path(directory, name) for name in directories + files)
+        if not path.name.endswith(skip)
+    }
 
 
 def access_times(root: Path) -> dict[bytes, int]:
     """Of regular files."""
     return {
-        name: os.lstat(os.path.join(os.fsencode(root), name)).st_atime_ns
+        name: (root / os.fsdecode(name)).lstat().st_atime_ns
         for name, entry in listing(root).items()
         if entry.kind == "file"
     }
+
+
+def _entry(path: Path) -> Entry:
+    status = path.lstat()
+    mode = stat.S_IMODE(status.st_mode)
+    if stat.S_ISDIR(status.st_mode):
+        return Entry("directory", mode, 0, b"")
+    if stat.S_ISLNK(status.st_mode):
+        return Entry("symlink", 0, 0, os.fsencode(path.readlink()))
+    if stat.S_ISREG(status.st_mode):
+        return Entry("file", mode, status.st_mtime_ns, _read(path))
+    return Entry("special", mode, status.st_mtime_ns, b"")
+
+
+def _read(path: Path) -> bytes:
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOATIME), "rb") as stream:
+        return stream.read()

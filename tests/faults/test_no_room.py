@@ -8,14 +8,25 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.e2e.commands import REPOSITORY, Done, Host, freeze_when, leftovers, quoted
+from tests.e2e.commands import (
+    REPOSITORY,
+    Done,
+    Host,
+    Running,
+    files_below,
+    frozen,
+    leftovers,
+    quoted,
+)
 from tests.e2e.trees import listing
+
+FILES = 400
 
 
 @pytest.fixture
@@ -23,7 +34,7 @@ def agent(host: Host) -> Path:
     root = host.home / "ana"
     root.mkdir()
     (root / "big").write_bytes(os.urandom(2_000_000))
-    for number in range(200):
+    for number in range(FILES - 1):
         (root / f"{number}.md").write_text("a note\n")
     host.configure({"ana": f"root = {quoted(root)}"})
     return root
@@ -35,8 +46,11 @@ def can_mount() -> bool:
     return subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode == 0
 
 
+_RUN_AND_LIST = 'disk=$2; shift 2; "$@"; code=$?; find "$disk" -mindepth 1; exit $code'
+
+
 def run_on_a_small_disk(
-    disk: Path, options: str, arguments: Sequence[str | Path], *, host: Host, limit_bytes: int
+    disk: Path, options: str, arguments: Sequence[object], *, host: Host, limit_bytes: int
 ) -> tuple[Done, list[str]]:
     """Run agentkeep where `disk` is a file system of its own, small; what there was on it at the end.
 
@@ -45,10 +59,10 @@ def run_on_a_small_disk(
     disk.mkdir()
     command = [sys.executable, "-m", "daemon.cli", *map(str, arguments)]
     if can_mount():
-        script = 'mount -t tmpfs -o "$1" small "$2"; disk=$2; shift 2; "$@"; code=$?; find "$disk" -mindepth 1; exit $code'
+        script = f'mount -t tmpfs -o "$1" small "$2"; {_RUN_AND_LIST}'
         command = ["unshare", "-rm", "sh", "-c", script, "sh", options, str(disk), *command]
     else:
-        script = 'ulimit -f "$1"; disk=$2; shift 2; "$@"; code=$?; find "$disk" -mindepth 1; exit $code'
+        script = f'ulimit -f "$1"; {_RUN_AND_LIST}'
         command = ["sh", "-c", script, "sh", str(limit_bytes // 512), str(disk), *command]
     done = subprocess.run(
         command,
@@ -74,7 +88,9 @@ def test_an_export_to_a_full_disk_leaves_nothing_of_the_bundle(host: Host, tmp_p
 
 
 @pytest.mark.usefixtures("agent")
-def test_a_restore_to_a_disk_that_is_too_small_is_refused_and_leaves_nothing(host: Host, tmp_path: Path) -> None:
+def test_a_restore_to_a_disk_that_is_too_small_is_refused_and_leaves_nothing(
+    host: Host, tmp_path: Path
+) -> None:
     host.agentkeep("snapshot")
     disk = tmp_path / "disk"
     arguments = ["--config", host.config, "restore", "latest", "--to", disk / "back"]
@@ -89,7 +105,9 @@ def test_a_restore_to_a_disk_that_fills_up_leaves_nothing(host: Host, tmp_path: 
     host.agentkeep("snapshot")
     disk = tmp_path / "disk"
     arguments = ["--config", host.config, "restore", "latest", "--to", disk / "deep/er/back"]
-    done, left = run_on_a_small_disk(disk, "size=100m,nr_inodes=100", arguments, host=host, limit_bytes=1 << 20)
+    done, left = run_on_a_small_disk(
+        disk, "size=100m,nr_inodes=100", arguments, host=host, limit_bytes=1 << 20
+    )
     assert done.exit_code == 73, done.stderr
     assert left == []
 
@@ -135,7 +153,7 @@ def test_a_mount_point_is_refused_as_a_target(host: Host, tmp_path: Path) -> Non
         done, left = run_on_a_small_disk(disk, "size=100m", arguments, host=host, limit_bytes=0)
         assert left == []
     else:
-        done = host.agentkeep(*arguments[2:], expecting=None)
+        done = host.agentkeep("restore", "latest", "--to", disk, expecting=None)
     assert done.exit_code == 77
     assert "mount point" in done.stderr
     assert "fix:" in done.stderr
@@ -149,9 +167,19 @@ def test_a_command_that_is_told_to_stop_tidies_up_at_once(
 ) -> None:
     host.agentkeep("snapshot")
     out = host.home / "out"
-    arguments: list[Any] = ["snapshot"] if command == "snapshot" else ["restore", "latest", "--to", out / "back"]
-    with host.started(*arguments) as running:
-        freeze_when(running, lambda: bool(leftovers(host.state, out)), "work under way")
+    work = {
+        "snapshot": host.state / "scratch/.agentkeep-default.ana/staged",
+        "restore": out / ".agentkeep-restore-back/parts/files",
+    }[command]
+
+    def start() -> AbstractContextManager[Running]:
+        shutil.rmtree(out, ignore_errors=True)
+        if command == "snapshot":
+            return host.started("snapshot")
+        return host.started("restore", "latest", "--to", out / "back")
+
+    with frozen(start, lambda: 0 < len(list(files_below(work))) < FILES, "the middle of it") as running:
+        before = host.snapshots()
         running.send(number)
         running.send(signal.SIGCONT)
         done = running.wait()
@@ -159,4 +187,4 @@ def test_a_command_that_is_told_to_stop_tidies_up_at_once(
     assert "Traceback" not in done.stderr
     assert leftovers(host.state, out) == []
     assert not (out / "back").exists()
-    assert len(host.snapshots()) == 1
+    assert host.snapshots() == before

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.commands import Host, Running, freeze_when, leftovers, quoted
+from tests.e2e.commands import Host, frozen, leftovers, quoted
 
 
 @pytest.fixture
@@ -21,22 +21,19 @@ def agent(host: Host) -> Path:
     return root
 
 
-def freeze_in_the_middle(host: Host, running: Running) -> None:
-    freeze_when(running, lambda: bool(leftovers(host.state)), "a snapshot under way")
-
-
-@pytest.mark.usefixtures("agent")
-def test_a_second_snapshot_of_an_agent_is_told_that_it_is_busy(host: Host) -> None:
-    with host.started("--json", "snapshot") as first:
-        freeze_in_the_middle(host, first)
+def test_a_second_snapshot_of_an_agent_is_told_that_it_is_busy(host: Host, agent: Path) -> None:
+    host.configure({"ana": f"root = {quoted(agent)}"}, top="lock_timeout_seconds = 0")
+    under_way = lambda: bool(leftovers(host.state / "scratch"))  # noqa: E731
+    with frozen(lambda: host.started("--json", "snapshot"), under_way, "a snapshot under way") as first:
+        before = host.snapshots()
         second = host.document("snapshot", expecting=75)
         assert second["error"]["kind"] == "BusyError"
         assert second["error"]["hint"]
-        assert host.snapshots() == []
+        assert host.snapshots() == before
         first.send(signal.SIGCONT)
         done = first.wait()
     assert done.exit_code == 0
-    assert [record["snapshot_id"] for record in host.snapshots()] == [done.document["snapshot_id"]]
+    assert [r["snapshot_id"] for r in host.snapshots()[len(before) :]] == [done.document["snapshot_id"]]
     assert leftovers(host.state, host.offsite) == []
 
 
@@ -108,7 +105,9 @@ def test_restores_to_one_place_that_run_together_leave_one_whole(host: Host) -> 
     host.agentkeep("snapshot")
     out = host.home / "out"
     with ExitStack() as stack:
-        running = [stack.enter_context(host.started("restore", "latest", "--to", out / "back")) for _ in range(4)]
+        running = [
+            stack.enter_context(host.started("restore", "latest", "--to", out / "back")) for _ in range(4)
+        ]
         codes = sorted(command.wait().exit_code for command in running)
     assert codes[0] == 0
     assert set(codes[1:]) <= {73, 75, 77}
@@ -121,7 +120,9 @@ def test_exports_to_one_name_that_run_together_leave_one_whole(host: Host) -> No
     host.agentkeep("snapshot")
     out = host.home / "out"
     with ExitStack() as stack:
-        running = [stack.enter_context(host.started("export", "latest", "--to", out / "copy")) for _ in range(4)]
+        running = [
+            stack.enter_context(host.started("export", "latest", "--to", out / "copy")) for _ in range(4)
+        ]
         codes = sorted(command.wait().exit_code for command in running)
     assert codes[0] == 0
     assert set(codes[1:]) <= {0, 75, 77}

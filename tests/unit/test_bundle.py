@@ -364,6 +364,11 @@ LIES: dict[str, Callable[[Draft], object]] = {
     "manifest: a memdir elsewhere": manifest(memdir="/etc"),
     "manifest: a directory that climbs": manifest(directories=[{"path": "files/../../x", "mode": 0o700}]),
     "manifest: a link that climbs": manifest(symlinks=[{"path": "../x", "target_b64": "eA=="}]),
+    "manifest: a link that is no base64": manifest(symlinks=[{"path": "files/x", "target_b64": "x"}]),
+    "manifest: a link in another base64": manifest(symlinks=[{"path": "files/x", "target_b64": "eB=="}]),
+    "manifest: a link to nothing": manifest(symlinks=[{"path": "files/x", "target_b64": ""}]),
+    "manifest: a link with a NUL": manifest(symlinks=[{"path": "files/x", "target_b64": "eAB5"}]),
+    "manifest: a link without end": manifest(symlinks=[{"path": "files/x", "target_b64": "eHh4" * 2000}]),
     "manifest: raw bytes kept above": manifest(
         complete=False, failures=[{"source": "x", "reason": "r", "kept_as": ["../x"]}]
     ),

@@ -93,7 +93,9 @@ def test_the_agents_own_files_are_as_before_to_the_byte_and_the_nanosecond(root:
     (root / "notes/link").symlink_to("deep/a.md")
     (root / "session.jsonl").write_bytes(b'{"a": 1}\n{"b"')
     run_sql(root / "rollback.sqlite", "CREATE TABLE t (x)", "INSERT INTO t VALUES (1)")
-    run_sql(root / "wal.sqlite", "PRAGMA journal_mode = WAL", "CREATE TABLE t (x)", "INSERT INTO t VALUES (1)")
+    run_sql(
+        root / "wal.sqlite", "PRAGMA journal_mode = WAL", "CREATE TABLE t (x)", "INSERT INTO t VALUES (1)"
+    )
     for path in root.rglob("*"):
         if not path.is_symlink():
             os.utime(path, ns=(1_700_000_000_123_456_789, 1_750_000_000_987_654_321))
@@ -215,8 +217,7 @@ ODD_NAMES = [
 
 def test_odd_names_are_captured_and_can_be_told_apart(root: Path) -> None:
     for number, name in enumerate(ODD_NAMES):
-        with open(os.path.join(os.fsencode(root), name), "wb") as stream:
-            stream.write(b"%d" % number)
+        (root / os.fsdecode(name)).write_bytes(b"%d" % number)
     found = contents(captured(root))
     assert len(found) == len(ODD_NAMES)
     for number, name in enumerate(ODD_NAMES):
@@ -258,7 +259,7 @@ def test_symlinks_are_recorded_and_never_followed(root: Path, tmp_path: Path) ->
         "odd": b"latin1-\xe9",
     }
     for name, target in targets.items():
-        os.symlink(target, os.fsencode(root / name))
+        (root / name).symlink_to(os.fsdecode(target))
     capture = captured(root)
     assert contents(capture) == {}
     assert {link.path: base64.b64decode(link.target_b64) for link in capture.symlinks} == {
@@ -339,11 +340,25 @@ def test_databases_of_every_page_size_and_journal_mode(
         ["CREATE TABLE t (a INT, b INT AS (a * 2) VIRTUAL)", "INSERT INTO t (a) VALUES (21)"],
         ["PRAGMA auto_vacuum = INCREMENTAL", "CREATE TABLE t (x)", "INSERT INTO t VALUES (zeroblob(99999))"],
         ["PRAGMA encoding = 'UTF-16le'", "CREATE TABLE t (x)", "INSERT INTO t VALUES ('\u00e9\U0001f9e0')"],
-        ["CREATE TABLE t (x)", "CREATE VIEW w AS SELECT x FROM t", "CREATE TRIGGER g AFTER INSERT ON t BEGIN SELECT 1; END"],
+        [
+            "CREATE TABLE t (x)",
+            "CREATE VIEW w AS SELECT x FROM t",
+            "CREATE TRIGGER g AFTER INSERT ON t BEGIN SELECT 1; END",
+        ],
         ["CREATE TABLE t (x ANY)", "CREATE INDEX i ON t (lower(x))"],
         ["CREATE VIRTUAL TABLE t USING rtree(id, a, b)", "INSERT INTO t VALUES (1, 0.5, 1.5)"],
     ],
-    ids=["without-rowid", "fts5", "stored", "virtual", "auto-vacuum", "utf16", "view-and-trigger", "index", "rtree"],
+    ids=[
+        "without-rowid",
+        "fts5",
+        "stored",
+        "virtual",
+        "auto-vacuum",
+        "utf16",
+        "view-and-trigger",
+        "index",
+        "rtree",
+    ],
 )
 def test_databases_of_every_kind_of_table(root: Path, tmp_path: Path, statements: list[str]) -> None:
     path = root / "memory.sqlite"
@@ -402,7 +417,9 @@ def test_an_empty_file_where_a_database_was_promised_is_incomplete(root: Path) -
     assert contents(capture) == {"opaque/memory.sqlite": b""}
 
 
-def test_a_large_wal_that_a_killed_writer_left_is_captured_with_its_database(root: Path, tmp_path: Path) -> None:
+def test_a_large_wal_that_a_killed_writer_left_is_captured_with_its_database(
+    root: Path, tmp_path: Path
+) -> None:
     path = root / "memory.sqlite"
     script = (
         "import os, sqlite3, sys\n"
@@ -428,7 +445,11 @@ def test_a_large_wal_that_a_killed_writer_left_is_captured_with_its_database(roo
     (tmp_path / "copy.sqlite").write_bytes(contents(capture)[name])
     with closing(sqlite3.connect(tmp_path / "copy.sqlite")) as copy:
         assert copy.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-        assert copy.execute("SELECT count(*), max(id), sum(length(x)) FROM t").fetchone() == (40, 40, 4_000_000)
+        assert copy.execute("SELECT count(*), max(id), sum(length(x)) FROM t").fetchone() == (
+            40,
+            40,
+            4_000_000,
+        )
 
 
 def test_sidecars_of_a_database_are_left_out_and_counted(root: Path) -> None:
@@ -480,7 +501,8 @@ def test_a_state_query_is_bound_to_the_agent_and_keeps_every_type(root: Path) ->
     run_sql(
         root / "registry.sqlite",
         "CREATE TABLE runs (agent_id TEXT, at INTEGER, ratio REAL, note TEXT, raw BLOB)",
-        "INSERT INTO runs VALUES ('ana', 9007199254740993, 0.1, 'caf\u00e9', x'00ff'), ('bob', 1, 1.0, NULL, NULL)",
+        "INSERT INTO runs VALUES ('ana', 9007199254740993, 0.1, 'café', x'00ff')",
+        "INSERT INTO runs VALUES ('bob', 1, 1.0, NULL, NULL)",
     )
     query = "SELECT * FROM runs WHERE agent_id = :agent"
     capture = captured(root, states=(StateSource("run", sqlite=root / "registry.sqlite", query=query),))

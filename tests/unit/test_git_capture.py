@@ -167,7 +167,9 @@ def test_nothing_that_a_repository_asks_for_is_executed(memdir: Path, scratch: P
         assert repository.write_bundle(repository.reading(), scratch) is not None
 
 
-def test_a_submodule_is_remembered_as_the_commit_it_was_at(memdir: Path, scratch: Path, tmp_path: Path) -> None:
+def test_a_submodule_is_remembered_as_the_commit_it_was_at(
+    memdir: Path, scratch: Path, tmp_path: Path
+) -> None:
     run_git(memdir, "update-index", "--add", "--cacheinfo", f"160000,{'1' * 40},vendored")
     run_git(memdir, "commit", "--quiet", "--message=with a submodule")
     with opened(memdir) as repository:
@@ -195,7 +197,9 @@ def test_a_shallow_clone_is_refused_with_what_to_do(memdir: Path, tmp_path: Path
 def test_a_ref_whose_name_is_not_utf8_is_refused_by_name(memdir: Path) -> None:
     head = run_git(memdir, "rev-parse", "HEAD").strip()
     packed = memdir / ".git/packed-refs"
-    packed.write_bytes(b"# pack-refs with: peeled fully-peeled sorted\n" + head.encode() + b" refs/tags/\xe9\n")
+    packed.write_bytes(
+        b"# pack-refs with: peeled fully-peeled sorted\n" + head.encode() + b" refs/tags/\xe9\n"
+    )
     with pytest.raises(RepositoryUnreadable, match="not UTF-8"):
         read(memdir)
 

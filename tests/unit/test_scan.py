@@ -51,7 +51,9 @@ def make_database(path: Path) -> None:
         ("a b/#?.md", ["a b/#1.md"], ["a b/1.md"]),
     ],
 )
-def test_patterns_match_like_globs_with_hidden_files(pattern: str, matching: list[str], other: list[str]) -> None:
+def test_patterns_match_like_globs_with_hidden_files(
+    pattern: str, matching: list[str], other: list[str]
+) -> None:
     patterns = Patterns((pattern,), anywhere=False)
     assert [path for path in matching + other if patterns.matching(path) == pattern] == matching
 
@@ -198,8 +200,23 @@ def test_the_generic_profile_leaves_out_what_an_agent_does_not_know(root: Path) 
         "tool/.venv/bin/python",
         "repo/.git/hooks/post-commit",
     ]
-    secrets = [".env", "sub/.env.local", "auth.json", "aws-credentials.toml", "keys/server.pem", "id_ed25519", ".netrc"]
-    kept = ["note.md", "environment.md", "keys/about.md", "sub/cache.md", ".config/agent.toml", "repo/.git/config"]
+    secrets = [
+        ".env",
+        "sub/.env.local",
+        "auth.json",
+        "aws-credentials.toml",
+        "keys/server.pem",
+        "id_ed25519",
+        ".netrc",
+    ]
+    kept = [
+        "note.md",
+        "environment.md",
+        "keys/about.md",
+        "sub/cache.md",
+        ".config/agent.toml",
+        "repo/.git/config",
+    ]
     write(root, *left_out, *secrets, *kept)
     profile = load_profile("generic")
     found = scan_of(root, include=profile.include, exclude=profile.exclude, secrets=profile.secrets)
