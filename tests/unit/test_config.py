@@ -530,6 +530,16 @@ OVERLAPS = {
         '[agents.ana]\nsqlite = ["@/x/*.db"]\n[agents.bob]  # here\nsqlite = ["@/x/b*.db"]\n',
         "@/x/*.db and @/x/b*.db",
     ),
+    "a state value in a root": (
+        '[agents.ana]\nroot = "@/x"\n[agents.bob]  # here\nroot = "@/y"\n'
+        '[agents.bob.state]\ncursor = { file = "@/x/cursor.json" }\n',
+        "@/x and @/x/cursor.json",
+    ),
+    "a state value that is another's database": (
+        '[agents.ana]\nsqlite = ["@/x/*.db"]\n[agents.bob]  # here\nroot = "@/y"\n'
+        '[agents.bob.state]\nrun = { sqlite = "@/x/main.db", query = "SELECT 1" }\n',
+        "@/x/*.db and @/x/main.db",
+    ),
     "a deep pattern around a file": (
         '[agents.ana]\nfiles = ["@/x/**/*.md"]\n[agents.bob]  # here\nfiles = ["@/x/y/z/notes.md"]\n',
         "@/x and @/x/y/z/notes.md",
@@ -559,10 +569,19 @@ def test_a_link_does_not_hide_an_overlap(write: Write, tmp_path: Path) -> None:
         '[agents.ana]\nsqlite = ["@/x/ana-*.db"]\n[agents.bob]\nsqlite = ["@/x/bob-*.db"]\n',
         '[agents.ana]\nsqlite = ["@/x/*.db"]\n[agents.bob]\nfiles = ["@/x/*.md", "@/x/y/z.db"]\n',
         '[agents.ana]\nroot = "@/ana"\nmemdir = "memory"\nsqlite = ["memory/index.db"]\n',
+        '[agents.ana]\nroot = "@/ana"\n[agents.ana.state]\nx = { file = "@/ana/x" }\ny = { file = "@/y" }\n',
         '[agents.ana]\nroot = "@/ana"\n[destinations.nas]\nurl = "file://@/backups"\n',
         '[agents.ana]\nroot = "@/mnt/ana"\n[destinations.nas]\nurl = "file://@/mnt"\n',
     ],
-    ids=["names alike", "patterns apart", "other files", "one agent", "a share beside", "a share above"],
+    ids=[
+        "names alike",
+        "patterns apart",
+        "other files",
+        "one agent",
+        "own states",
+        "a share beside",
+        "one above",
+    ],
 )
 def test_what_only_looks_like_an_overlap_is_none(text: str, write: Write) -> None:
     assert load(write(text)).agents
