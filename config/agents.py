@@ -60,6 +60,8 @@ def agent_spec(agent_id: str, settings: AgentSettings) -> AgentSpec:
     if memdir is not None and (not memdir.is_relative_to(root) or ".." in memdir.relative_to(root).parts):
         raise ConfigError(f"memdir: {memdir} lies outside the agent's root {root}")
     required = [pattern for pattern in (*sqlite, *plain) if not has_wildcard(pattern)]
+    heads = [fixed_head(pattern) for pattern in plain if has_wildcard(pattern)]
+    required += [head for head in dict.fromkeys(heads) if head != "."]
     if memdir is not None and memdir != root:
         required.append(str(memdir.relative_to(root)))
     return AgentSpec(

@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from daemon.errors import BusyError, LocalWriteError
+from daemon.errors import BusyError, LocalWriteError, RefusedError
 
 TEMPORARY_PREFIX = ".agentkeep-"
 
@@ -102,6 +102,7 @@ def claimed_temporary(path: Path, *, what: str) -> Iterator[BinaryIO]:
             path.unlink()
     flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     with os.fdopen(os.open(path, flags, 0o600), "wb") as stream:
+        _refuse_foreign(path, stream.fileno())
         if not _try_lock(stream.fileno()) or not _is_still(path, stream.fileno()):
             raise BusyError(f"{what} is already being written by another process", hint="wait for it")
         try:
@@ -176,6 +177,7 @@ def scratch_directory(parent: Path, name: str, *, what: str) -> Iterator[Path]:
         path.mkdir(mode=0o700, exist_ok=True)
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
+        _refuse_foreign(path, descriptor)
         if not _try_lock(descriptor) or not _is_still(path, descriptor):
             raise BusyError(f"{what} is already under way in another process", hint="wait for it to finish")
         with translating_os_errors("clear", path):
@@ -187,6 +189,16 @@ def scratch_directory(parent: Path, name: str, *, what: str) -> Iterator[Path]:
             _remove(path)
     finally:
         os.close(descriptor)
+
+
+def _refuse_foreign(path: Path, descriptor: int) -> None:
+    """A neighbour may have made it first, to change what we put there."""
+    status = os.fstat(descriptor)
+    if status.st_uid != os.geteuid() or status.st_mode & 0o077:
+        raise RefusedError(
+            f"{path} is not ours alone: somebody else made it, or may write to it",
+            hint="find out who made it, remove it, and choose a directory that others cannot write to",
+        )
 
 
 def _remove(path: Path) -> None:

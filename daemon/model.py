@@ -253,13 +253,13 @@ def _presentable(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     """SQLite explains itself in several. Idempotent."""
     return " ".join(_presentable(text).split())
 
 
 Presentable = Annotated[str, AfterValidator(_presentable)]
-OneLine = Annotated[str, AfterValidator(_one_line)]
+OneLine = Annotated[str, AfterValidator(one_line)]
 
 
 def _check_link_target(text: str) -> str:
@@ -297,7 +297,7 @@ class _Record(BaseModel):
 class Ceilings(_Record):
     """What a reader may have to hold: known before the first byte is unpacked, never exceeded."""
 
-    members: Count
+    members: Annotated[int, Field(ge=0, le=500_000)]
     total_bytes: Count
 
 
@@ -391,7 +391,7 @@ class Manifest(_Record):
     snapshot_id: SnapshotId
     agent_id: Name
     tenant: Name
-    label: str | None = None
+    label: OneLine | None = None
     created_at_ms: Count
     created_by: str
     complete: bool

@@ -24,7 +24,7 @@ from apscheduler.triggers.cron import CronTrigger
 from apscheduler.triggers.interval import IntervalTrigger
 
 from daemon.destinations import Destination
-from daemon.errors import AgentkeepError, BusyError, ExitCode
+from daemon.errors import AgentkeepError, BusyError, ExitCode, RefusedError, StorageUnavailable
 from daemon.model import AgentSpec, SnapshotRecord
 from daemon.schedule import Schedule
 from daemon.snapshots import Sealing, Store, take_snapshot
@@ -193,7 +193,8 @@ class _Uploader:
         failed = [(snapshot_id, exc) for snapshot_id, _, exc in report.failed if not _is_busy(exc)]
         for snapshot_id, exc in failed:
             _log_failure("upload.failed", exc, snapshot=snapshot_id, destination=name)
-        return not failed
+        # One bundle that cannot be sent does not make the destination a dead one.
+        return not any(isinstance(exc, StorageUnavailable | RefusedError) for _, exc in failed)
 
 
 def _is_busy(exc: AgentkeepError) -> bool:

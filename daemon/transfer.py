@@ -100,8 +100,9 @@ def upload(store: Store, record: SnapshotRecord, destination: Destination) -> No
     catalog = store.catalog
     known = record.uploads.get(destination.name)
     try:
-        source = _bundle_source(store.path_of(record.key), record)
-        with destination.opened() as backend:
+        path = store.path_of(record.key)
+        source = _bundle_source(path, record)
+        with durable.translating_os_errors("read", path), destination.opened() as backend:
             sibling = BytesSource(sibling_bytes(record.sha256, record.key.file_name))
             _put_proven(backend, record.key.sibling, sibling)
             _put_proven(

@@ -65,6 +65,8 @@ def write_bundle(
         created_seconds = facts["created_at_ms"] // 1000
         _add_document(frames, HEADER_NAME, header.model_dump(mode="json"), created_seconds)
         written = tuple(_add_artifact(frames, source, created_seconds) for source in artifacts)
+        if len({artifact.path_in_bundle for artifact in written}) != len(written):
+            raise AgentkeepError("two artifacts have one name in the bundle, which no reader would take")
         manifest = _sealed(header, written, facts)
         _add_document(frames, MANIFEST_NAME, manifest.model_dump(mode="json"), created_seconds)
         frames.write(tar.END)

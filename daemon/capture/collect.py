@@ -131,8 +131,8 @@ class _Collector:
     def _add(self, name: str, kind: ArtifactKind, copy: Path, *, staged: StagedFile | None = None) -> str:
         """Record a finished private copy as an artifact, with the attributes of what it was staged from."""
         size_bytes = copy.stat().st_size
-        if kind in (ArtifactKind.FILE, ArtifactKind.MEMORY_FILE):
-            size_bytes = whole_lines_bytes(name, copy)
+        if staged is not None and kind in (ArtifactKind.FILE, ArtifactKind.MEMORY_FILE):
+            size_bytes = whole_lines_bytes(name, staged)
         mode = staged.signature.mode if staged else 0o600
         mtime_ns = staged.signature.mtime_ns if staged else None
         self._capture.artifacts.append(CapturedArtifact(name, kind, size_bytes, mode, mtime_ns, copy))
@@ -302,12 +302,15 @@ class _Collector:
     def _fail(self, failure: Failure, raw: list[str]) -> None:
         """Record a failure; what of `raw` can be read goes into the bundle's `opaque/` as it is."""
         keeping = Staging(self._spec.root, self._room(f"opaque-{len(self._capture.failures)}"))
-        keeping.refresh(signatures(self._spec.root, raw))
+        there = {artifact.path_in_bundle for artifact in self._capture.artifacts}
+        kept_already = tuple(_opaque(path) for path in raw if _opaque(path) in there)
+        wanted = [path for path in raw if _opaque(path) not in there]
+        keeping.refresh(signatures(self._spec.root, wanted))
         kept = tuple(
             self._add(_opaque(path), ArtifactKind.OPAQUE, staged.copy, staged=staged)
             for path, staged in sorted(keeping.files.items())
         )
-        self._capture.failures.append(failure.model_copy(update={"kept_as": kept}))
+        self._capture.failures.append(failure.model_copy(update={"kept_as": (*kept_already, *kept)}))
 
 
 def _mode_of(directory: Path | None) -> int | None:

@@ -61,15 +61,36 @@ def take_cut(spec: AgentSpec, scratch: Path, *, options: CutOptions | None = Non
         consistency, created_at_ms = _hold_one_instant(sources, options)
         capture = Capture(spec=spec, created_at_ms=created_at_ms, consistency=consistency)
         collect(sources, capture, scratch=scratch, options=options.collect)
+    if not (capture.artifacts or capture.git or capture.failures):
+        raise AgentNotFound(
+            f"agent {spec.agent_id!r} is not there: nothing of it is in {spec.root}",
+            hint="is its file system mounted? An empty snapshot would pass for the newest good one",
+        )
     return capture
 
 
 def with_memdir(spec: AgentSpec) -> AgentSpec:
     """`spec` with the first of its candidates that is a git repository now, if it names no memdir."""
-    for candidate in spec.memdir_candidates if spec.memdir is None else ():
-        if (spec.root / candidate / ".git").exists():
-            return dataclasses.replace(spec, memdir=spec.root / candidate)
+    candidates = spec.memdir_candidates
+    if spec.memdir is not None:
+        candidates = (spec.relative(spec.memdir),) if _is_beyond_a_link(spec.root, spec.memdir) else ()
+    for candidate in candidates:
+        memdir = spec.root / candidate
+        if not os.path.exists(memdir / ".git"):  # noqa: PTH110  False also where we may not look
+            continue
+        if not _is_beyond_a_link(spec.root, memdir):
+            return dataclasses.replace(spec, memdir=memdir)
+        resolved = memdir.resolve()
+        if resolved.is_relative_to(spec.root.resolve()):
+            inside = resolved.relative_to(spec.root.resolve())
+            return dataclasses.replace(spec, memdir=spec.root / inside)
+        # What a link out of the root leads to is not captured: that has to be said, and named.
+        return dataclasses.replace(spec, memdir=None, required=(*spec.required, candidate))
     return spec
+
+
+def _is_beyond_a_link(root: Path, path: Path) -> bool:
+    return root.resolve() / path.relative_to(root) != path.resolve()
 
 
 def _hold_one_instant(sources: OpenSources, options: CutOptions) -> tuple[Consistency, int]:

@@ -24,6 +24,8 @@ from daemon.model import Failure
 _APPEND_ONLY = (".jsonl", ".ndjson", ".log")
 _JSON_LINES = (".jsonl", ".ndjson")
 _COPY_BYTES = 1 << 20
+_COMPARED_BYTES = 64 << 10
+_LIVE_LOG_NS = 600_000_000_000
 _MAX_LINE_BYTES = 16 << 20
 _FICLONE = 0x40049409  # linux/fs.h; not in fcntl
 _OUR_SIDE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE)
@@ -94,16 +96,18 @@ class Staging:
         started_ns = time.time_ns()
         before = Signature.of(os.fstat(source))
         staged = self.files.get(path)
-        if staged is not None and _only_grew(path, staged.signature, before):
+        if staged is not None and _only_grew(path, staged, before, source):
             target, offset = staged.copy, staged.signature.size_bytes
         else:
             self._serial += 1
             target, offset = self._directory / f"{self._serial:08d}", 0
         with target.open("r+b" if offset else "wb") as stream:
-            _copy(source, stream.fileno(), offset=offset, end=before.size_bytes)
+            is_whole = _copy(source, stream.fileno(), offset=offset, end=before.size_bytes)
         if staged is not None and staged.copy != target:
             staged.copy.unlink()
         self.files[path] = StagedFile(target, before, started_ns)
+        if not is_whole:  # truncated under us: nothing may be built on this copy
+            self.files.pop(path).copy.unlink()
 
 
 def is_append_only(path: str) -> bool:
@@ -125,26 +129,39 @@ def is_fresh(path: str, signature: Signature, *, read_at_ns: int) -> bool:
     return changed_ns > read_at_ns - tick_ns
 
 
-def _only_grew(path: str, staged: Signature, now: Signature) -> bool:
-    return (
-        is_append_only(path) and staged.identity == now.identity and 0 < staged.size_bytes <= now.size_bytes
-    )
+def _only_grew(path: str, staged: StagedFile, now: Signature, source: int) -> bool:
+    """Whether a log is what was staged and more: a longer file that begins otherwise, or is another where
+    the copy ends, was rewritten."""
+    old_bytes = staged.signature.size_bytes
+    if not is_append_only(path) or staged.signature.identity != now.identity:
+        return False
+    if not 0 < old_bytes < now.size_bytes:
+        return False
+    with staged.copy.open("rb") as copy:
+        return all(
+            os.pread(source, _COMPARED_BYTES, start)[: old_bytes - start]
+            == os.pread(copy.fileno(), _COMPARED_BYTES, start)[: old_bytes - start]
+            for start in (0, max(0, old_bytes - _COMPARED_BYTES))
+        )
 
 
-def _copy(source: int, target: int, *, offset: int, end: int) -> None:
-    """Copy bytes [offset, end): by reflink where the file system can, else by reading."""
+def _copy(source: int, target: int, *, offset: int, end: int) -> bool:
+    """Copy bytes [offset, end), by reflink where the file system can, else by reading; whether all of them
+    were there."""
     if offset == 0 and end:
         with contextlib.suppress(OSError):  # not supported here: the ordinary way follows
             fcntl.ioctl(target, _FICLONE, source)
+            is_whole = os.fstat(target).st_size >= end
             os.ftruncate(target, end)
-            return
+            return is_whole
     os.lseek(target, offset, os.SEEK_SET)
     while offset < end:
         chunk = os.pread(source, min(_COPY_BYTES, end - offset), offset)
         if not chunk:
-            break  # truncated under us: the next reading finds it changed
+            return False
         _write_all(target, chunk)
         offset += len(chunk)
+    return True
 
 
 def _write_all(descriptor: int, data: bytes) -> None:
@@ -153,11 +170,13 @@ def _write_all(descriptor: int, data: bytes) -> None:
         view = view[os.write(descriptor, view) :]
 
 
-def whole_lines_bytes(path: str, copy: Path) -> int:
-    """How many bytes of a staged log are whole lines: JSON Lines are cut at the last newline unless what
-    follows it is a whole JSON value; every other file is taken as it is."""
+def whole_lines_bytes(path: str, staged: StagedFile) -> int:
+    """How many bytes of a staged log are whole lines. JSON Lines that are being written to are cut at the
+    last newline, unless what follows it is a whole JSON value; every other file is taken as it is."""
+    copy = staged.copy
     size_bytes = copy.stat().st_size
-    if not path.endswith(_JSON_LINES) or size_bytes == 0:
+    is_being_written = staged.signature.ctime_ns > staged.staged_at_ns - _LIVE_LOG_NS
+    if not path.endswith(_JSON_LINES) or size_bytes == 0 or not is_being_written:
         return size_bytes
     with copy.open("rb") as stream:
         tail_start = max(0, size_bytes - _MAX_LINE_BYTES)
@@ -167,7 +186,7 @@ def whole_lines_bytes(path: str, copy: Path) -> int:
     if last_newline < 0 and tail_start > 0:
         return size_bytes  # one line of 16 MiB and more: not a log of lines
     rest = tail[last_newline + 1 :]
-    if not rest or _is_json(rest):
+    if not rest or b"\0" in tail or _is_json(rest):
         return size_bytes
     return tail_start + last_newline + 1
 

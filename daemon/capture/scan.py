@@ -24,7 +24,8 @@ from daemon.model import AgentSpec, Excluded, Failure, fixed_head
 
 SQLITE_MAGIC = b"SQLite format 3\x00"
 SIDECARS = ("-wal", "-shm", "-journal")
-_SQLITE_SUFFIXES = (".sqlite", ".sqlite3")
+_SQLITE_SUFFIXES = (".sqlite", ".sqlite3", ".db", ".db3")
+_SMALLEST_PAGE_BYTES = 512
 _GLOB_FLAGS = glob.GLOBSTAR | glob.DOTGLOB
 
 
@@ -125,6 +126,8 @@ class Scanner:
         self._file_verdicts: dict[str, bool | tuple[str, str]] = {}
         self._directory_verdicts: dict[str, tuple[str, str] | None] = {}
         self._known: dict[tuple[int, int, int], bool] = {}
+        # Whatever was seen to be a database, or is named as one: its sidecars are never opened.
+        self._database_names = {spec_path(spec, s.sqlite) for s in spec.states if s.sqlite is not None}
         self.held_open: set[tuple[int, int]] = set()
         """Identities of files that SQLite has open for us: never opened here."""
 
@@ -249,14 +252,12 @@ class Scanner:
     def _is_sidecar(self, path: str) -> bool:
         """By name and neighbour, never by content: SQLite holds locks on a `-shm`, which closing any
         descriptor of it in this process would drop, and with them the pin."""
-        return any(
-            path.endswith(suffix) and os.path.lexists(self._spec.root / path.removesuffix(suffix))
-            for suffix in SIDECARS
-        )
+        bases = [path.removesuffix(suffix) for suffix in SIDECARS if path.endswith(suffix)]
+        return any(base in self._database_names or os.path.lexists(self._spec.root / base) for base in bases)
 
-    @staticmethod
-    def _drop_sidecars(found: Scan) -> None:
-        for path in found.databases:
+    def _drop_sidecars(self, found: Scan) -> None:
+        self._database_names |= found.databases.keys()
+        for path in self._database_names:
             for suffix in SIDECARS:
                 if found.files.pop(path + suffix, None) is not None:
                     found.excluded["SQLite sidecar, read through its database", f"*{suffix}"] += 1
@@ -265,7 +266,8 @@ class Scanner:
         """A named database, or a file with a database's name or sidecars, has to have a database's header."""
         for path, signature in list(found.files.items()):
             named = self._sqlite.matching(path) is not None
-            looks = path.endswith(_SQLITE_SUFFIXES) or f"{path}-wal" in found.files
+            is_page_sized = signature.size_bytes > 0 and signature.size_bytes % _SMALLEST_PAGE_BYTES == 0
+            looks = (path.endswith(_SQLITE_SUFFIXES) and is_page_sized) or f"{path}-wal" in found.files
             if not named and (not looks or signature.size_bytes == 0):
                 continue
             found.suspects[path] = Failure(
@@ -283,7 +285,7 @@ class Scanner:
         for required in self._spec.required:
             if not os.path.lexists(self._spec.root / required):
                 found.failures[required] = _missing(str(self._spec.root / required))
-            elif required in found.symlinks:
+            elif (self._spec.root / required).is_symlink():
                 found.failures[required] = Failure(
                     source=str(self._spec.root / required),
                     reason="is a symbolic link, which is recorded but not followed",
@@ -295,6 +297,11 @@ class Scanner:
             matcher = Patterns((pattern,), anywhere=False)
             if not any(matcher.matching(path) for path in [*found.databases, *found.suspects]):
                 found.failures[pattern] = _missing(str(self._spec.root / pattern))
+
+
+def spec_path(spec: AgentSpec, path: Path) -> str:
+    """As in a scan: relative to the root, or absolute outside of it."""
+    return spec.relative(path) if path.is_relative_to(spec.root) else str(path)
 
 
 def _missing(path: str) -> Failure:
@@ -311,7 +318,7 @@ def _walk_starts(spec: AgentSpec) -> list[str]:
     if spec.memdir is not None:
         starts.add(spec.relative(spec.memdir))
     kept: list[str] = []
-    for start in sorted(starts, key=len):
+    for start in sorted(starts, key=lambda start: (start != ".", len(start))):
         if not any(above == "." or start == above or start.startswith(f"{above}/") for above in kept):
             kept.append(start)
     return kept

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from daemon.capture.files import Staging
 from daemon.capture.git import LiveRepository, RepositoryUnreadable
-from daemon.capture.scan import Scan, Scanner, Signature
+from daemon.capture.scan import Scan, Scanner, Signature, spec_path
 from daemon.capture.sqlite import DatabaseUnreadable, LiveDatabase
 from daemon.model import AgentSpec, Failure, GitFacts
 
@@ -169,7 +169,7 @@ class OpenSources:
 
     def path_of(self, path: Path) -> str:
         """As in a scan: relative to the root, or absolute outside of it."""
-        return self.spec.relative(path) if path.is_relative_to(self.spec.root) else str(path)
+        return spec_path(self.spec, path)
 
     def _open_repository(self) -> LiveRepository | None:
         memdir = self.spec.memdir

@@ -50,10 +50,17 @@ class LiveDatabase:
     def __init__(self, path: Path) -> None:
         """Raises DatabaseUnreadable."""
         self.path = path
-        _check_owner(path)
-        self.identity = _identity(path)
-        self._probe = _open_read_only(path)
         self._pin: sqlite3.Connection | None = None
+        try:
+            _check_owner(path)
+            self.identity = _identity(path)
+            self._probe = _open_read_only(path)
+        except OSError as exc:
+            raise DatabaseUnreadable(
+                f"cannot be read: {exc.strerror}", hint="run agentkeep as the owner of the agent's files"
+            ) from exc
+        except sqlite3.Error as exc:
+            raise explain(exc, path) from exc
         try:
             self.is_wal = _first(self._probe, "PRAGMA journal_mode") == "wal"
             self.user_version = int(_first(self._probe, "PRAGMA user_version"))
@@ -146,11 +153,20 @@ def check_copy(copy: Path) -> None:
             connection.execute("PRAGMA trusted_schema=OFF")
             problems = [row[0] for row in connection.execute("PRAGMA quick_check(3)")]
     except sqlite3.Error as exc:
+        if needs_the_application(exc):
+            return
         raise explain(exc, copy) from exc
     if problems != ["ok"]:
         raise DatabaseUnreadable(
             f"fails SQLite's quick check: {'; '.join(map(str, problems))[:300]}", hint=_CORRUPT_HINT
         )
+
+
+def needs_the_application(exc: sqlite3.Error) -> bool:
+    """Whether a check stopped at a collation, function or module that only the agent's own program
+    registers. The pages are no worse for it: they cannot be checked further here."""
+    message = str(exc)
+    return any(what in message for what in ("no such collation", "unknown function", "no such module"))
 
 
 _CORRUPT_HINT = (

@@ -5,10 +5,13 @@ from __future__ import annotations
 import base64
 import json
 import sqlite3
+import time
 from typing import Any
 
 MAX_STATE_BYTES = 4 << 20
 MAX_STATE_ROWS = 1000
+MAX_QUERY_SECONDS = 1
+_PROGRESS_STEPS = 10_000
 
 
 class StateUnreadable(Exception):
@@ -32,11 +35,18 @@ def query_rows(connection: sqlite3.Connection, query: str, *, agent_id: str) -> 
     `:agent` is bound to the agent's id. The connection is read-only and pinned to the cut.
     Raises StateUnreadable.
     """
+    deadline = time.monotonic() + MAX_QUERY_SECONDS
+    # The agent may have put anything under the name that is queried, an endless view included.
+    connection.set_progress_handler(lambda: time.monotonic() > deadline, _PROGRESS_STEPS)
+    longest_bytes = connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_STATE_BYTES)
     try:
         cursor = connection.execute(query, {"agent": agent_id})
         rows = cursor.fetchmany(MAX_STATE_ROWS + 1)
     except sqlite3.Error as exc:
-        raise StateUnreadable(f"the query failed: {exc}") from exc
+        raise StateUnreadable(f"the query failed, or took more than {MAX_QUERY_SECONDS} s: {exc}") from exc
+    finally:
+        connection.set_progress_handler(None, 0)
+        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, longest_bytes)
     if cursor.description is None:
         raise StateUnreadable("the query returns no columns; it has to be a SELECT")
     if len(rows) > MAX_STATE_ROWS:

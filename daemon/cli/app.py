@@ -260,8 +260,7 @@ def restore(
             spec = host.configuration.agent(agent)
             report = restore_agent(bundle, spec, identities=identities, progress=progress)
     _render_restored(host, report)
-    whole = report.manifest.complete and not report.not_put_back
-    return ExitCode.OK if whole else ExitCode.PARTIAL
+    return ExitCode.OK if report.is_whole else ExitCode.PARTIAL
 
 
 @app.command()
@@ -390,7 +389,7 @@ def _located(host: Host, snap: str, agent: str | None, identities: Any, flags: d
         host.configuration.agent(agent)  # an unknown one is named before anything is looked up
     return located(
         snap,
-        host.places(),
+        host.places_for(snap),
         agent_id=agent,
         url_options=host.url_options(snap, flags),
         is_complete=is_complete,
@@ -411,6 +410,7 @@ def _render_restored(host: Host, report: RestoreReport) -> None:
                 "consistency": manifest.consistency.model_dump(mode="json"),
                 "failures": [failure.model_dump(mode="json") for failure in manifest.failures],
                 "not_put_back": list(report.not_put_back),
+                "unsound": list(report.unsound),
             }
         )
     else:

@@ -212,6 +212,8 @@ def print_restored(report: RestoreReport) -> None:
         console.print("  [bold red]the snapshot is incomplete[/], these were not captured:")
     for failure in manifest.failures:
         console.print(_text(f"    {failure.source}: {failure.reason}"))
+    for problem in report.unsound:
+        console.print(Text("  damaged when it was captured: ", style="bold red") + _text(problem))
     for name in report.not_put_back[:_MOST_NAMES]:
         console.print(_text(f"  has no place of its own and was not put back: {name}"))
     if len(report.not_put_back) > _MOST_NAMES:

@@ -79,6 +79,12 @@ class Host:
         agents = [(spec.tenant, agent_id) for agent_id, spec in self.configuration.agents.items()]
         return Places(self.store, self.destinations, agents)
 
+    def places_for(self, name: str) -> Places:
+        """A URL says all there is to say: what it names is had without a state directory too."""
+        from daemon.locate import Places
+
+        return Places(None, {}, ()) if "://" in name else self.places()
+
     def url_options(self, name: str, given: Mapping[str, str | None]) -> dict[str, str]:
         """Options for a bundle's URL: those of the configured destination that it lies at, then the flags."""
         options: dict[str, str] = {}

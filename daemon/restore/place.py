@@ -39,6 +39,7 @@ _MAX_TARGET_BYTES = 4095  # PATH_MAX, without its NUL
 class RestoreReport:
     """What a restore brought back, and what of the bundle is not where an agent would look for it.
 
+    unsound: databases that are as they were captured, and were damaged then
     not_put_back: state values and raw bytes that have no place of their own in the target
     """
 
@@ -47,6 +48,11 @@ class RestoreReport:
     artifacts: int
     content_bytes: int
     not_put_back: tuple[str, ...] = ()
+    unsound: tuple[str, ...] = ()
+
+    @property
+    def is_whole(self) -> bool:
+        return self.manifest.complete and not self.not_put_back and not self.unsound
 
 
 class Layout(Protocol):
@@ -122,10 +128,10 @@ def restore_to_directory(
     """
     target = target.absolute()
     with _prepared(target) as scratch:
-        manifest = unpack(bundle, scratch / "parts", identities=identities, progress=progress)
+        manifest, unsound = unpack(bundle, scratch / "parts", identities=identities, progress=progress)
         not_put_back = _assemble(manifest, scratch / "parts", scratch / "tree", DirectoryLayout(manifest))
         _put_in_place(scratch / "tree", target)
-    return _report(manifest, target, not_put_back)
+    return _report(manifest, target, not_put_back, unsound)
 
 
 def restore_agent(
@@ -146,12 +152,25 @@ def restore_agent(
             )
 
     with _prepared(spec.root) as scratch:
-        manifest = unpack(
+        manifest, unsound = unpack(
             bundle, scratch / "parts", identities=identities, check_header=check_header, progress=progress
         )
         left = _assemble(manifest, scratch / "parts", scratch / "tree", AgentLayout(manifest))
+        _give_to_owner_of(spec.root, scratch / "tree")
         _put_in_place(scratch / "tree", spec.root)
-    return _report(manifest, spec.root, tuple(name for name in left if not _is_within(name, manifest)))
+    left = tuple(name for name in left if not _is_within(name, manifest))
+    return _report(manifest, spec.root, left, unsound)
+
+
+def _give_to_owner_of(target: Path, tree: Path) -> None:
+    """As root, an agent's files go to whoever owns the place: root's would shut the agent out."""
+    if os.geteuid() != 0:
+        return
+    owner = (target if target.is_dir() else target.parent).stat()
+    with durable.translating_os_errors("give the files to their owner below", tree):
+        for directory, _, names in os.walk(tree):
+            for path in (directory, *(os.path.join(directory, name) for name in names)):  # noqa: PTH118
+                os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
 
 
 def _is_within(name: str, manifest: Manifest) -> bool:
@@ -219,7 +238,7 @@ def _move(name: str, kind: ArtifactKind, parts: Path, tree: Path, layout: Layout
         return True
     source = member_path(name)
     place = _place_of(name, layout)
-    if place is None:
+    if place is None or (kind != ArtifactKind.OPAQUE and _makes_git_run_things(place)):
         return False
     target = tree / place
     try:
@@ -278,6 +297,9 @@ def _make_symlinks(manifest: Manifest, tree: Path, layout: Layout) -> list[str]:
         if os.path.lexists(link) or link.parent.resolve() != tree.resolve() / Path(place).parent:
             raise MalformedBundle(f"a symlink wants the place of something else: {place[:200]!r}")
         link.symlink_to(target)
+        if not link.resolve().is_relative_to(tree.resolve()):  # by way of another link
+            link.unlink()
+            left.append(f"{symlink.path} (a symlink that leads out, to {os.fsencode(target)!r})")
     return left
 
 
@@ -298,6 +320,8 @@ def _set_attributes(manifest: Manifest, tree: Path, layout: Layout) -> None:
         if place is None or artifact.kind in (ArtifactKind.GIT_BUNDLE, ArtifactKind.GIT_INDEX):
             continue
         path = tree / place
+        if not path.exists():  # not put back
+            continue
         # Never set-uid or set-gid: a memory has no need of it, an attacker has.
         path.chmod(artifact.mode & 0o777 if artifact.kind != ArtifactKind.OPAQUE else 0o600)
         if artifact.mtime is not None:
@@ -339,6 +363,15 @@ def _checked(place: str | None, layout: Layout) -> str | None:
     return place
 
 
+def _makes_git_run_things(place: str) -> bool:
+    """Configuration and hooks of a repository within the agent's files: git would execute what they say."""
+    parts = place.lower().split("/")
+    if ".git" not in parts:
+        return False
+    inner = parts[parts.index(".git") + 1 :]
+    return "hooks" in inner or inner[-1:] in (["config"], ["config.worktree"])
+
+
 def stays_inside(place: str, target: str) -> bool:
     """Whether a symlink at `place` (relative to the tree) with this target stays within the tree."""
     if target.startswith("/") or not target:
@@ -361,11 +394,14 @@ def _put_in_place(tree: Path, target: Path) -> None:
             ) from exc
 
 
-def _report(manifest: Manifest, target: Path, not_put_back: tuple[str, ...]) -> RestoreReport:
+def _report(
+    manifest: Manifest, target: Path, not_put_back: tuple[str, ...], unsound: tuple[str, ...]
+) -> RestoreReport:
     return RestoreReport(
         manifest=manifest,
         target=target,
         artifacts=len(manifest.artifacts),
         content_bytes=sum(artifact.size_bytes for artifact in manifest.artifacts),
         not_put_back=not_put_back,
+        unsound=unsound,
     )

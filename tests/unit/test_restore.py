@@ -556,7 +556,8 @@ def without_databases(found: dict[bytes, Entry]) -> dict[bytes, Entry]:
 def test_an_agent_comes_back_in_place_as_it_was(tmp_path: Path, target: Path) -> None:
     root = target
     agent_with_everything(root)
-    (root / "memory").chmod(0o700)  # as it is made
+    (root / "memory").chmod(0o750)
+    root.chmod(0o710)
     before = listing(root)
     bundle = snapshot_of(root, tmp_path, memdir=root / "memory")
     assert listing(root) == before
@@ -564,6 +565,7 @@ def test_an_agent_comes_back_in_place_as_it_was(tmp_path: Path, target: Path) ->
     report = restore_agent(bundle, spec_of(root, memdir=root / "memory"))
     assert report.not_put_back == ()
     assert without_databases(listing(root)) == without_databases(before)
+    assert stat.S_IMODE(root.stat().st_mode) == 0o710
     for name in DATABASES:
         with closing(sqlite3.connect(root / name)) as restored:
             assert restored.execute("SELECT x FROM t").fetchall() == [(7,)]

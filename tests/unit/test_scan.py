@@ -83,10 +83,12 @@ def test_nothing_outside_the_fixed_part_of_the_patterns_is_looked_at(root: Path)
     assert found.directories.keys() == {"sessions/a"}
 
 
-def test_overlapping_patterns_find_a_file_once(root: Path) -> None:
-    write(root, "a/b/c.md", "a/x.tmp")
-    found = scan_of(root, include=("a/**", "a/b/**", "**/*.md"), exclude=("*.tmp",))
-    assert found.files.keys() == {"a/b/c.md"}
+@pytest.mark.parametrize("directory", list("abcdefgh"))
+def test_overlapping_patterns_find_a_file_once(root: Path, directory: str) -> None:
+    write(root, f"{directory}/b/c.md", f"{directory}/x.tmp")
+    include = (f"{directory}/**", f"{directory}/b/**", "**/*.md")
+    found = scan_of(root, include=include, exclude=("*.tmp",))
+    assert found.files.keys() == {f"{directory}/b/c.md"}
     assert dict(found.excluded) == {("excluded by pattern", "*.tmp"): 1}
 
 

@@ -16,10 +16,11 @@ from typing import BinaryIO
 
 import pytest
 
-from daemon.destinations import Destination
+from daemon.destinations import Destination, translating_storage_errors
 from daemon.errors import (
     AgentkeepError,
     BusyError,
+    ConfigError,
     IntegrityError,
     LocalWriteError,
     RefusedError,
@@ -32,6 +33,17 @@ from daemon.errors import (
 from daemon.locate import LocalBundle, Places, located
 from daemon.model import SnapshotRecord, UploadState
 from daemon.transfer import drain_outbox, export, upload
+from storage_backends import (
+    ContainerNotFound,
+    Corrupted,
+    Forbidden,
+    InvalidDestination,
+    InvalidKey,
+    ObjectNotFound,
+    StorageError,
+    StorageFull,
+    Unavailable,
+)
 from tests.property.honest import Piece, Sealed, place, seal
 from tests.property.shelf import HOUR_MS, NOON_MS, Shelf, backend_of, store_object, stored
 
@@ -219,6 +231,31 @@ def test_what_another_process_sent_meanwhile_is_not_sent_again(shelf: Shelf, off
     report = drain_outbox(shelf.store, [offsite], should_stop=another_process)
     assert report.confirmed == [(record.snapshot_id, "offsite")]
     assert shelf.store.catalog.find(record.snapshot_id).uploads["offsite"].attempts == 1
+
+
+STORAGE_ERRORS: list[tuple[type[StorageError], type[AgentkeepError], int]] = [
+    (ObjectNotFound, SnapshotNotFound, 66),
+    (InvalidKey, SnapshotNotFound, 66),
+    (Forbidden, RefusedError, 77),
+    (ContainerNotFound, StorageUnavailable, 69),
+    (StorageFull, StorageUnavailable, 69),
+    (Unavailable, StorageUnavailable, 69),
+    (StorageError, StorageUnavailable, 69),
+    (Corrupted, IntegrityError, 65),
+    (InvalidDestination, ConfigError, 78),
+]
+
+
+@pytest.mark.parametrize(("theirs", "ours", "exit_code"), STORAGE_ERRORS)
+def test_what_a_backend_raises_is_told_as_one_of_ours(
+    theirs: type[StorageError], ours: type[AgentkeepError], exit_code: int
+) -> None:
+    with pytest.raises(AgentkeepError) as caught, translating_storage_errors("offsite"):
+        raise theirs("what happened")
+    assert type(caught.value) is ours
+    assert caught.value.exit_code == exit_code
+    assert str(caught.value) == "offsite: what happened"
+    assert isinstance(caught.value.__cause__, theirs)
 
 
 # --- export: where to -----------------------------------------------------------------------------
