@@ -71,7 +71,7 @@ class Configuration:
         """The key that names `path`."""
         root = self.agents[agent_id].root
         for key, pattern in self.settings.agents[agent_id].spelled_out:
-            if root / Path(pattern).expanduser() == path:
+            if path in (root / Path(pattern).expanduser(), root / Path(fixed_head(pattern)).expanduser()):
                 return ("agents", agent_id, key)
         return ("agents", agent_id, "root")
 

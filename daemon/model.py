@@ -248,18 +248,18 @@ def _check_snapshot_id(text: str) -> str:
     return text
 
 
-def _presentable(text: str) -> str:
+def presentable(text: str) -> str:
     """A path may hold bytes that are not UTF-8; what is said of it may not. Idempotent."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def one_line(text: str) -> str:
+def _one_line(text: str) -> str:
     """SQLite explains itself in several. Idempotent."""
-    return " ".join(_presentable(text).split())
+    return " ".join(presentable(text).split())
 
 
-Presentable = Annotated[str, AfterValidator(_presentable)]
-OneLine = Annotated[str, AfterValidator(one_line)]
+Presentable = Annotated[str, AfterValidator(presentable)]
+OneLine = Annotated[str, AfterValidator(_one_line)]
 
 
 def _check_link_target(text: str) -> str:
@@ -391,7 +391,7 @@ class Manifest(_Record):
     snapshot_id: SnapshotId
     agent_id: Name
     tenant: Name
-    label: OneLine | None = None
+    label: Presentable | None = None
     created_at_ms: Count
     created_by: str
     complete: bool

@@ -35,7 +35,7 @@ from daemon.model import (
     UploadState,
     agent_prefix,
     new_snapshot_id,
-    one_line,
+    presentable,
 )
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def take_snapshot(
     """
     from daemon.capture import take_cut  # slow to import, and not for those who only look at a store
 
-    label = None if label is None else one_line(label)
+    label = None if label is None else presentable(label)
     recipients = parse_recipients(sealing.recipients)  # first of all: no capture that could not be sealed
     with (
         store.locked_agent(spec.tenant, spec.agent_id),

@@ -61,7 +61,7 @@ def take_cut(spec: AgentSpec, scratch: Path, *, options: CutOptions | None = Non
         consistency, created_at_ms = _hold_one_instant(sources, options)
         capture = Capture(spec=spec, created_at_ms=created_at_ms, consistency=consistency)
         collect(sources, capture, scratch=scratch, options=options.collect)
-    if not (capture.artifacts or capture.git or capture.failures):
+    if not (capture.artifacts or capture.git or capture.symlinks or capture.failures):
         raise AgentNotFound(
             f"agent {spec.agent_id!r} is not there: nothing of it is in {spec.root}",
             hint="is its file system mounted? An empty snapshot would pass for the newest good one",

@@ -24,7 +24,7 @@ from daemon.model import AgentSpec, Excluded, Failure, fixed_head
 
 SQLITE_MAGIC = b"SQLite format 3\x00"
 SIDECARS = ("-wal", "-shm", "-journal")
-_SQLITE_SUFFIXES = (".sqlite", ".sqlite3", ".db", ".db3")
+_SQLITE_SUFFIXES = (".sqlite", ".sqlite3", ".db3")
 _SMALLEST_PAGE_BYTES = 512
 _GLOB_FLAGS = glob.GLOBSTAR | glob.DOTGLOB
 
@@ -266,8 +266,9 @@ class Scanner:
         """A named database, or a file with a database's name or sidecars, has to have a database's header."""
         for path, signature in list(found.files.items()):
             named = self._sqlite.matching(path) is not None
-            is_page_sized = signature.size_bytes > 0 and signature.size_bytes % _SMALLEST_PAGE_BYTES == 0
-            looks = (path.endswith(_SQLITE_SUFFIXES) and is_page_sized) or f"{path}-wal" in found.files
+            # Others call their files .db too, but seldom of a size in whole pages.
+            is_paged_db = path.endswith(".db") and signature.size_bytes % _SMALLEST_PAGE_BYTES == 0
+            looks = is_paged_db or path.endswith(_SQLITE_SUFFIXES) or f"{path}-wal" in found.files
             if not named and (not looks or signature.size_bytes == 0):
                 continue
             found.suspects[path] = Failure(

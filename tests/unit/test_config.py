@@ -91,7 +91,7 @@ def test_sources_that_are_spelled_out_have_the_deepest_directory_that_holds_all_
     assert spec.memdir == root / "memory"
     assert spec.sqlite == ("db/*.sqlite", "db/extra/one.db")
     assert set(spec.include) == {"db/*.sqlite", "db/extra/one.db", "sessions/**/*.jsonl", "notes.md"}
-    assert set(spec.required) == {"memory", "db/extra/one.db", "notes.md"}
+    assert set(spec.required) == {"memory", "db/extra/one.db", "notes.md", "sessions"}
     assert (spec.secrets, spec.exclude) == ((), ())
     assert spec.states == (
         StateSource("cursor", file=root / "state" / "cursor.json"),
@@ -649,6 +649,7 @@ def test_every_plain_source_that_is_missing_is_named_with_its_own_line(write: Wr
     root = tmp_path / "bob"
     assert sorted(missing(path)) == [
         f"{path}, line 4: no such path: {root}/memory",
+        f"{path}, line 5: no such path: {root}/logs",
         f"{path}, line 5: no such path: {root}/notes.md",
         f"{path}, line 6: no such path: {root}/db/mian.db; did you mean '{root}/db/main.db'?",
     ]
