@@ -240,6 +240,11 @@ def test_an_upload_to_a_destination_that_came_later_is_noted_too(catalog: Catalo
     assert (upload.state, upload.attempts) == (UploadState.CONFIRMED, 1)
 
 
+def test_an_upload_of_what_nobody_announced_is_not_noted(catalog: Catalog) -> None:
+    with pytest.raises(LocalWriteError):
+        catalog.note_upload(new_snapshot_id(), "offsite", UploadState.CONFIRMED)
+
+
 # --- crashes --------------------------------------------------------------------------------------
 
 BUNDLE = b"the bundle"

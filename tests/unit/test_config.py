@@ -596,7 +596,7 @@ WRITTEN = {
     "an agent in state_dir": ('state_dir = "@/s"\n[agents.ana]  # here\nroot = "@/s/ana"\n', "state_dir"),
     "a source in state_dir": ('state_dir = "@/s"\n[agents.ana]  # here\nfiles = ["@/s/x"]\n', "state_dir"),
     "a destination in an agent": (
-        '[agents.ana]  # here\nroot = "@/ana"\n[destinations.nas]\nurl = "file://@/ana/back%20ups"\n',
+        '[agents.ana]  # here\nroot = "@/an a"\n[destinations.nas]\nurl = "file://@/an%20a/backups"\n',
         "destination 'nas'",
     ),
 }

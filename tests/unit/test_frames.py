@@ -68,6 +68,12 @@ def test_frames_stay_in_order_though_they_are_made_on_several_threads() -> None:
     assert b"".join(inside for _, inside in split_frames(compressed(content))) == content
 
 
+def test_every_frame_carries_a_checksum_of_its_content() -> None:
+    frames = split_frames(compressed(NOISE, b"text" * 5000, bytes(100), b"x", cuts=True))
+    assert len(frames) > 4
+    assert all(data[4] & 0x04 for data, _ in frames)
+
+
 def test_zstd_finds_no_fault_in_them(tmp_path: Path) -> None:
     path = tmp_path / "content.zst"
     path.write_bytes(compressed(NOISE, bytes(5 * REGION_BYTES), b"the end"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,19 @@ NOWHERE = Places(None, {}, ())
 @pytest.fixture
 def shelf(tmp_path: Path) -> Shelf:
     return Shelf(tmp_path)
+
+
+@pytest.fixture
+def host_in_zone(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Put this host into a time zone."""
+
+    def put(zone: str) -> None:
+        monkeypatch.setenv("TZ", zone)
+        time.tzset()
+
+    yield put
+    monkeypatch.undo()
+    time.tzset()
 
 
 def found(name: str, places: Places, *, agent_id: str | None = None) -> tuple[str, str, str]:
@@ -163,8 +178,13 @@ def test_latest_is_the_newest_complete_one(shelf: Shelf) -> None:
         "2025-11-24T16:00:00.000Z",
     ],
 )
-def test_latest_at_a_time_is_the_newest_that_is_not_after_it(moment: str, shelf: Shelf) -> None:
+@pytest.mark.parametrize("zone", ["UTC", "America/New_York"])
+def test_latest_at_a_time_is_the_newest_that_is_not_after_it(
+    zone: str, moment: str, shelf: Shelf, host_in_zone: Callable[[str], None]
+) -> None:
+    """A time without a zone is in UTC, as the times that `list` shows."""
     assert NOON_MS == 1_764_000_000_000, "which is 2025-11-24T16:00Z"
+    host_in_zone(zone)
     before = shelf.put(at_ms=NOON_MS)
     shelf.put(at_ms=NOON_MS + HOUR_MS)
     assert found(f"latest@{moment}", shelf.places) == at("here", before)

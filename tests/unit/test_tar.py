@@ -9,14 +9,17 @@ from pathlib import Path
 
 import pytest
 
+from daemon.bundle.reader import read_bundle
 from daemon.errors import MalformedBundle
 from daemon.model import MAX_MEMBER_NAME_CHARS, to_member_name
 from daemon.restore.unpack import unpack
 from tests.property.crafted import (
+    CountingStream,
     Draft,
     Member,
     container,
     draft,
+    frame,
     framed,
     pax_record,
     raw_pax_header,
@@ -188,6 +191,12 @@ def _claiming(size_bytes: int) -> Callable[[Draft], object]:
     return lambda bundle: setattr(bundle.members[0], "claimed_bytes", size_bytes)
 
 
+def _stowaway(bundle: Draft) -> None:
+    """A member that the header has room for and the manifest does not know."""
+    bundle.declare(Member("files/stowaway", b"x"))
+    bundle.manifest["artifacts"].pop()
+
+
 def _dirty_padding(bundle: Draft) -> None:
     member = bundle.members[0]
     member.raw = member.to_bytes()[:512] + member.data + b"dirt" + bytes(508 - len(member.data))
@@ -197,7 +206,7 @@ def _dirty_padding(bundle: Draft) -> None:
 LIES: dict[str, Callable[[Draft], object]] = {
     "a member twice": lambda b: b.members.append(b.members[0]),
     "a member twice, in the manifest too": lambda b: b.declare(b.members[0]),
-    "a member that is not declared": lambda b: b.members.append(Member("files/stowaway")),
+    "a member that is not declared": _stowaway,
     "a member declared and not there": lambda b: b.members.clear(),
     "a member larger than it says": _claiming(3),
     "a member smaller than it says": _claiming(1000),
@@ -250,6 +259,19 @@ def test_a_tar_that_lies_is_refused(edit: Callable[[Draft], object], sandbox: Sa
     bundle = draft()
     edit(bundle)
     sandbox.assert_refused(bundle.build(), MalformedBundle)
+
+
+def test_an_extended_header_of_a_gigabyte_is_not_even_decompressed() -> None:
+    bundle = draft()
+    plain = bundle.tar()
+    start = plain.index(b"files/notes.txt\0")
+    claim = raw_pax_header(b"", claimed_bytes=1 << 30)
+    zeros = bytes(4 << 20)
+    frames = [*framed(plain[:start] + claim), *[(frame(zeros), len(zeros))] * 256]
+    stream = CountingStream(container(frames))
+    with pytest.raises(MalformedBundle, match="larger than it may be"):
+        read_bundle(stream, encrypted=False)
+    assert stream.read_bytes < len(stream.getvalue()) / 10
 
 
 def test_extended_headers_in_a_row_are_refused(sandbox: Sandbox) -> None:
