@@ -92,7 +92,8 @@ def snapshot(
     host: Host = context.obj
     spec = host.configuration.agent(agent)
     # Without its root there is no agent; a single source that is gone is named, and the rest is sealed.
-    if not spec.root.is_dir() and (missing := host.configuration.missing_paths(spec.agent_id)):
+    is_there = os.path.isdir(spec.root)  # noqa: PTH112  False also where we may not look
+    if not is_there and (missing := host.configuration.missing_paths(spec.agent_id)):
         raise ConfigError("\n".join(missing), hint="mend the path, or bring the agent back with restore")
     names = host.configuration.destinations_of(spec.agent_id)
     destinations = [host.destinations[name] for name in names]

@@ -467,15 +467,19 @@ def test_a_pattern_that_matches_no_database_any_more_is_named(agent: Agent) -> N
     )
 
 
-def test_what_is_named_and_gone_refuses_the_command_with_the_line_of_the_configuration(agent: Agent) -> None:
+def test_what_is_named_and_gone_is_told_and_the_rest_is_sealed(agent: Agent) -> None:
     text = agent.host.config.read_text().replace("schedule =", 'sqlite = ["db/victim.sqlite"]\nschedule =')
     agent.host.config.write_text(text)
     take_earlier(agent)
     agent.victim.unlink()
-    answer = agent.agentkeep("snapshot", expecting=78)
-    assert f"no such path: {agent.victim}" in answer["error"]["message"]
-    assert "line" in answer["error"]["message"]
-    assert answer["error"]["hint"]
+    record = agent.agentkeep("snapshot", expecting=3)
+    (failure,) = record["failures"]
+    assert failure["source"] == str(agent.victim)
+    assert failure["hint"]
+    assert record["uploads"] == {"offsite": "confirmed"}
+    finding = agent.agentkeep("check", expecting=78)["findings"][0]
+    assert f"no such path: {agent.victim}" in finding["message"]
+    assert "line" in finding["message"]
 
 
 # --- agents that are not there ---------------------------------------------------------------------------

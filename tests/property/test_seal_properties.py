@@ -24,7 +24,7 @@ DOCUMENTS = st.dictionaries(TEXT, VALUES, max_size=6)
 
 
 @given(DOCUMENTS)
-@settings(max_examples=150)
+@settings(max_examples=80)
 def test_the_canonical_form_equals_an_independent_one(document: dict[str, Any]) -> None:
     assert canonical(document) == jcs(document)
     assert seal_of(document) == seal_over(document)

@@ -13,17 +13,20 @@ import sqlite3
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from daemon.capture import Capture, take_cut
+from daemon.capture.sources import OpenSources
 from daemon.errors import AgentNotFound
 from daemon.model import AgentSpec, ArtifactKind, StateSource, from_member_name
+from tests.e2e.commands import wait_until
 from tests.e2e.trees import access_times, listing
+from tests.harness.sample_agent.builder import run_git
 
 SIDECARS = ("-wal", "-shm")
 
@@ -522,6 +525,116 @@ def test_a_state_value_may_come_from_outside_the_root(root: Path, tmp_path: Path
         ),
     )
     assert contents(capture).keys() == {"state/file.json", "state/rows.json"}  # the database itself is not
+
+
+# --- how an instant is proven ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def still(root: Path, tmp_path: Path) -> Iterator[OpenSources]:
+    """An agent with every kind of source, opened and staged, at a moment at which nothing moves."""
+    for name in ("wal", "rollback"):
+        mode = "wal" if name == "wal" else "delete"
+        run_sql(root / f"{name}.sqlite", f"PRAGMA journal_mode = {mode}", "CREATE TABLE t (x)")
+    for number in range(150):  # more than are looked at within the window
+        (root / f"{number:03}.md").write_bytes(b"a note")
+    (root / "cursor.json").write_bytes(b"1")
+    (root / "memory").mkdir()
+    run_git(root / "memory", "init", "--quiet", "--initial-branch=main")
+    run_git(root / "memory", "commit", "--quiet", "--allow-empty", "--message=first")
+    spec = spec_of(root, memdir=root / "memory", states=(StateSource("cursor", file=root / "cursor.json"),))
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    with ExitStack() as stack:
+        sources = OpenSources(spec, scratch, stack)
+        wait_until(lambda: not moved_in_an_attempt(sources, lambda: None), "a quiet moment")
+        yield sources
+
+
+def moved_in_an_attempt(
+    sources: OpenSources,
+    in_the_window: Callable[[], object],
+    *,
+    before_the_window: Callable[[], object] = lambda: None,
+) -> set[str]:
+    """What an attempt finds to have moved when something happens at some moment of it."""
+    sources.release()
+    moved = sources.prepare()
+    sources.catch_up()
+    before_the_window()
+    before = sources.read()
+    moved |= sources.pin()
+    in_the_window()
+    after = sources.read()
+    return moved | before.differences(after) | sources.not_as_staged(before) | sources.moved_since_staged()
+
+
+HAPPENINGS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "commit to WAL": (lambda root: commit_elsewhere(root / "wal.sqlite"), "wal.sqlite"),
+    "hot file": (lambda root: (root / "149.md").write_bytes(b"A NOTE"), "149.md"),
+    "cold file": (lambda root: (root / "000.md").write_bytes(b"A NOTE"), "000.md"),
+    "state file": (lambda root: (root / "cursor.json").write_bytes(b"2"), "cursor.json"),
+    "new file": (lambda root: (root / "new.md").write_bytes(b"new"), "new.md"),
+    "file gone": (lambda root: (root / "000.md").unlink(), "000.md"),
+    "new link": (lambda root: (root / "link").symlink_to("x"), "link"),
+    "new database": (lambda root: commit_elsewhere(root / "new.sqlite"), "new.sqlite"),
+    "database gone": (lambda root: (root / "wal.sqlite").rename(root.parent / "x"), "wal.sqlite"),
+    "database replaced": (lambda root: replace(root / "wal.sqlite"), "wal.sqlite"),
+    "new commit": (lambda root: commit_to_git(root), ".git"),
+    "new branch": (lambda root: run_git(root / "memory", "branch", "side"), ".git"),
+    "other head": (lambda root: run_git(root / "memory", "symbolic-ref", "HEAD", "refs/heads/x"), ".git"),
+}
+
+
+def commit_elsewhere(path: Path) -> None:
+    """By another process, as agents do."""
+    statement = "CREATE TABLE IF NOT EXISTS t (x); INSERT INTO t VALUES (1)"
+    subprocess.run(["sqlite3", path, statement], check=True)
+
+
+def replace(path: Path) -> None:
+    commit_elsewhere(path.with_name("beside"))
+    path.with_name("beside").rename(path)
+
+
+def commit_to_git(root: Path) -> None:
+    run_git(root / "memory", "commit", "--quiet", "--allow-empty", "--message=next")
+
+
+@pytest.mark.parametrize(("happening", "named"), HAPPENINGS.values(), ids=HAPPENINGS.keys())
+def test_whatever_moves_within_the_window_is_found_and_named(
+    still: OpenSources, root: Path, happening: Callable[[Path], object], named: str
+) -> None:
+    assert named in moved_in_an_attempt(still, lambda: happening(root))
+
+
+@pytest.mark.parametrize("name", ["149.md", "000.md", "cursor.json"])
+def test_what_moves_after_it_was_staged_and_before_the_window_is_found(
+    still: OpenSources, root: Path, name: str
+) -> None:
+    change = lambda: (root / name).write_bytes(b"2")  # noqa: E731
+    assert moved_in_an_attempt(still, lambda: None, before_the_window=change) == {name}
+
+
+def test_a_pinned_rollback_database_keeps_its_writer_from_committing(still: OpenSources, root: Path) -> None:
+    """So nothing can move: there is no other way without a WAL, and it is let go soon."""
+
+    def try_to_commit() -> None:
+        with closing(sqlite3.connect(root / "rollback.sqlite", timeout=0)) as writer:
+            writer.execute("INSERT INTO t VALUES (1)")
+            with pytest.raises(sqlite3.OperationalError, match="locked"):
+                writer.commit()
+
+    assert moved_in_an_attempt(still, try_to_commit) == set()
+    still.release()
+    commit_elsewhere(root / "rollback.sqlite")
+
+
+def test_what_moved_is_caught_up_with_by_the_next_attempt(still: OpenSources, root: Path) -> None:
+    for happening, _ in HAPPENINGS.values():
+        if (root / "wal.sqlite").exists():
+            happening(root)
+    wait_until(lambda: not moved_in_an_attempt(still, lambda: None), "a quiet moment")
 
 
 # --- our own side -----------------------------------------------------------------------------------------
