@@ -103,7 +103,6 @@ class ForkServer:
         environment: Mapping[str, str],
         stdin: bytes = b"",
         uid: int | None = None,
-        file_size_limit_bytes: int | None = None,
         trace: Path | None = None,
         kill_at_step: int | None = None,
     ) -> Iterator[Running]:
@@ -117,7 +116,6 @@ class ForkServer:
             "cwd": str(cwd),
             "environment": dict(environment),
             "uid": uid,
-            "file_size_limit_bytes": file_size_limit_bytes,
             "trace": None if trace is None else str(trace),
             "kill_at_step": kill_at_step,
         }

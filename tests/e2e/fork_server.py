@@ -1,7 +1,7 @@
 """Runs `agentkeep` commands by fork, with everything already imported: tens of milliseconds, not a second.
 
 Each command is a process of its own that runs the real `main`, with its own arguments, environment,
-directory, streams and limits; only the import is shared. It can be told to kill itself, by SIGKILL, right
+directory and streams; only the import is shared. It can be told to kill itself, by SIGKILL, right
 before its n-th step that touches the file system, so that every moment of a command can be died at.
 
 `python -m tests.e2e.fork_server FD` serves one client on the socket FD until the client is gone; commands
@@ -16,7 +16,6 @@ import importlib
 import json
 import os
 import pkgutil
-import resource
 import select
 import signal
 import socket
@@ -130,8 +129,6 @@ def _become(request: dict[str, Any], streams: list[int]) -> None:
     time.tzset()
     os.chdir(request["cwd"])
     sys.argv = ["agentkeep", *request["arguments"]]
-    if (limit_bytes := request["file_size_limit_bytes"]) is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
     if (uid := request["uid"]) is not None:
         os.setgroups([])
         os.setresgid(uid, uid, uid)
