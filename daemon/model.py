@@ -102,12 +102,20 @@ def agent_prefix(tenant: str, agent_id: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class StateSource:
-    """A small value captured as JSON: a file that holds JSON, or the rows of a query (`:agent` is bound)."""
+    """A small value captured as JSON: a file that holds it, the rows of a query (`:agent` is bound), or what
+    a command of the local configuration prints.
+
+    restore_command: takes the value on its stdin when the agent is brought back
+    optional: that there is none is no failure (a profile's own values)
+    """
 
     name: str
     file: Path | None = None
     sqlite: Path | None = None
     query: str | None = None
+    command: tuple[str, ...] = ()
+    restore_command: tuple[str, ...] = ()
+    optional: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +126,16 @@ class AgentSpec:
     sqlite: patterns that must match, and match databases only: their absence is a failure, not silence
     required: plain paths relative to `root` that must be there
     exclude, secrets: what is left out, and why it is (secrets are counted apart)
+    named: plain paths relative to `root` that the user spelled out: neither `exclude` nor `secrets` leave
+        them out
+    secret_tables: globs of SQLite tables whose rows are left out of the copies
     memdir: the git work tree (or plain directory) that goes to `memory_files/`; None: the first of
         `memdir_candidates` (relative) that is a repository when the snapshot is taken, if any
+    walk_all: look at everything below `root`, so that what no pattern takes is counted too
+    before, after: commands run around each capture (freeze and thaw), `after` whatever happened
+    command_timeout_seconds: for each of them and for the commands of state values
+    require_point_in_time: rather no snapshot than one that is `per_source`
+    max_file_bytes, max_agent_bytes: what is larger fails, loudly; None: no limit
     """
 
     tenant: str
@@ -133,6 +149,15 @@ class AgentSpec:
     secrets: tuple[str, ...] = ()
     states: tuple[StateSource, ...] = ()
     memdir_candidates: tuple[str, ...] = ()
+    named: tuple[str, ...] = ()
+    secret_tables: tuple[str, ...] = ()
+    walk_all: bool = False
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    command_timeout_seconds: float = 60.0
+    require_point_in_time: bool = False
+    max_file_bytes: int | None = None
+    max_agent_bytes: int | None = None
 
     def relative(self, path: Path) -> str:
         """`path` relative to the root, as text with `/`. Raises ValueError outside the root."""
@@ -372,10 +397,11 @@ class GitFacts(_Record):
 
 
 class StateHome(_Record):
-    """Where a state value lives: in a file, or as rows of a database. Relative to the agent's root where
-    it lies below it, else absolute; the latter is for people to read and never written to."""
+    """Where a state value lives: in a file, as rows of a database, or behind a command (`path` is then its
+    program, for people to read). Relative to the agent's root where it lies below it, else absolute; the
+    latter is for people to read and never written to."""
 
-    kind: Literal["file", "rows"]
+    kind: Literal["file", "rows", "command"]
     path: str
 
 
