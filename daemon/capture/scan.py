@@ -4,6 +4,9 @@ A scan is also a reading: two scans that are equal, with every signature older t
 time granularity, prove that no plain file changed in between (see cut.py). SQLite databases are told
 by their header, never by their suffix; their content is none of a scan's business.
 
+What is left out on purpose is counted, with why and by which pattern. Where all of a root is looked at
+(`walk_all`), so is what no pattern takes.
+
 Must not: follow a symlink, open a file that SQLite holds open in this process, or its sidecars (closing
 any descriptor of them would drop SQLite's POSIX locks; https://sqlite.org/howtocorrupt.html, 2.2).
 """
@@ -14,19 +17,30 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from wcmatch import glob
 
-from daemon.model import AgentSpec, Excluded, Failure, fixed_head
+from daemon.model import AgentSpec, Excluded, Failure, fixed_head, presentable
 
 SQLITE_MAGIC = b"SQLite format 3\x00"
 SIDECARS = ("-wal", "-shm", "-journal")
 _SQLITE_SUFFIXES = (".sqlite", ".sqlite3", ".db3")
 _SMALLEST_PAGE_BYTES = 512
 _GLOB_FLAGS = glob.GLOBSTAR | glob.DOTGLOB
+
+SECRET = "looks like a secret"  # noqa: S105  a reason, not a secret
+EXCLUDED = "excluded by pattern"
+OUTSIDE = "not part of the profile"
+_SIDECAR = "SQLite sidecar, read through its database"
+_OTHERS = "(other entries)"
+_MOST_GROUPS = 20
+_MOST_EXAMPLES = 3
+
+LeftOut = tuple[str, str]
+"""Why, and by which pattern (for what is not part of the profile: below which entry of the root)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,49 +78,86 @@ class Scan:
 
     files: plain files to be captured byte for byte; databases: by header; git_files: what lies in the
     memdir's `.git`, only listed (its content is captured through libgit2)
+    excluded: how many entries were left out on purpose, a directory that was not entered being one;
+    examples: a few of their paths
     """
 
     files: dict[str, Signature] = field(default_factory=dict)
     databases: dict[str, Signature] = field(default_factory=dict)
     directories: dict[str, int] = field(default_factory=dict)
     symlinks: dict[str, str] = field(default_factory=dict)
-    excluded: Counter[tuple[str, str]] = field(default_factory=Counter)
+    excluded: Counter[LeftOut] = field(default_factory=Counter)
+    examples: dict[LeftOut, list[str]] = field(default_factory=dict)
     failures: dict[str, Failure] = field(default_factory=dict)
     suspects: dict[str, Failure] = field(default_factory=dict)
     """Files that should be databases and are not: kept as raw bytes, the snapshot incomplete."""
 
+    def leave_out(self, why: LeftOut, path: str) -> None:
+        self.excluded[why] += 1
+        examples = self.examples.setdefault(why, [])
+        if len(examples) < _MOST_EXAMPLES:
+            examples.append(path)
+
     def exclusions(self) -> tuple[Excluded, ...]:
         return tuple(
-            Excluded(reason=reason, pattern=pattern, count=count)
+            Excluded(reason=reason, pattern=presentable(pattern), count=count)
             for (reason, pattern), count in sorted(self.excluded.items())
         )
+
+    def fold_small_groups(self) -> None:
+        """Keep the manifest short whatever lies in the root: name the largest groups of what is not part
+        of the profile, count the rest together."""
+        groups = sorted((why for why in self.excluded if why[0] == OUTSIDE), key=self._by_count)
+        rest = (OUTSIDE, _OTHERS)
+        for why in groups[_MOST_GROUPS:]:
+            self.excluded[rest] += self.excluded.pop(why)
+            self.examples[rest] = (self.examples.get(rest, []) + self.examples.pop(why))[:_MOST_EXAMPLES]
+
+    def _by_count(self, why: LeftOut) -> tuple[int, str]:
+        return -self.excluded[why], why[1]
+
+
+class _Globs:
+    """Several globs, asked at once: which one it was is only looked for on a hit."""
+
+    def __init__(self, globs: Iterable[tuple[str, str]], flags: int) -> None:
+        self._each = [
+            (pattern, re.compile(regex))
+            for pattern, written in globs
+            for regex in glob.translate([written], flags=flags)[0]
+        ]
+        self._takes_all = bool(self._each) and self._each[0][0] == "**"
+        self._any = re.compile("|".join(f"(?:{regex.pattern})" for _, regex in self._each))
+
+    def first(self, text: str) -> str | None:
+        if self._takes_all:
+            return "**"
+        if not self._each or self._any.fullmatch(text) is None:
+            return None
+        return next(pattern for pattern, regex in self._each if regex.fullmatch(text))
 
 
 class Patterns:
     """Globs over paths relative to the root. With `anywhere`, one without a slash matches at any depth."""
 
-    def __init__(self, patterns: tuple[str, ...], *, anywhere: bool) -> None:
-        spread = [f"**/{p}" if anywhere and "/" not in p else p for p in patterns]
-        self._named = [
-            (pattern, re.compile(regex))
-            for pattern, written in zip(patterns, spread, strict=True)
-            for regex in glob.translate([written], flags=_GLOB_FLAGS)[0]
-        ]
+    def __init__(self, patterns: tuple[str, ...], *, anywhere: bool, ignore_case: bool = False) -> None:
+        flags = _GLOB_FLAGS | (glob.IGNORECASE if ignore_case else 0)
+        names = [pattern for pattern in patterns if anywhere and "/" not in pattern]
+        paths = [pattern for pattern in patterns if pattern not in names]
+        # A name is shorter than a path, and `**/` is what makes matching dear.
+        self._names = _Globs(((pattern, pattern) for pattern in names), flags)
+        self._paths = _Globs(((pattern, pattern) for pattern in paths), flags)
         # `cache/**` leaves out all that is in cache, so there is no need to look into it.
-        self._whole = [
-            (pattern, re.compile(regex))
-            for pattern, written in zip(patterns, spread, strict=True)
-            if written.endswith("/**")
-            for regex in glob.translate([written[:-3]], flags=_GLOB_FLAGS)[0]
-        ]
+        deep = ((pattern, pattern[:-3]) for pattern in paths if pattern.endswith("/**"))
+        self._whole = _Globs(deep, flags)
 
     def matching(self, path: str) -> str | None:
-        """The first pattern that matches, or None."""
-        return next((pattern for pattern, regex in self._named if regex.fullmatch(path)), None)
+        """The first pattern that matches (those of whole paths come first), or None."""
+        return self._paths.first(path) or self._names.first(path.rpartition("/")[2])
 
     def matching_directory(self, path: str) -> str | None:
         """The first pattern that matches a directory itself or all that is in it, or None."""
-        return next((pattern for pattern, regex in self._whole if regex.fullmatch(path)), self.matching(path))
+        return self._whole.first(path) or self.matching(path)
 
 
 class Scanner:
@@ -114,17 +165,25 @@ class Scanner:
 
     def __init__(self, spec: AgentSpec) -> None:
         self._spec = spec
-        self._include = Patterns(spec.include, anywhere=False)
+        self._root = str(spec.root)
+        self._include = Patterns((*spec.include, *spec.sqlite), anywhere=False)
         self._sqlite = Patterns(spec.sqlite, anywhere=False)
         self._exclude = Patterns(spec.exclude, anywhere=True)
-        self._secrets = Patterns(spec.secrets, anywhere=True)
-        self._starts = _walk_starts(spec)
+        # Whoever writes `Credentials.json` means the same.
+        self._secrets = Patterns(spec.secrets, anywhere=True, ignore_case=True)
+        self._reach = Patterns(_directories_of((*spec.include, *spec.sqlite)), anywhere=False)
+        self._starts = ["."] if spec.walk_all else _walk_starts(spec)
         self._git_directory = spec.relative(spec.memdir / ".git") if spec.memdir else None
         self._memdir = spec.relative(spec.memdir) if spec.memdir else None
-        self._state_files = {str(state.file) for state in spec.states if state.file}
+        self._named = frozenset(spec.named)
+        # All that is in these is taken, and what leads to them is entered.
+        self._trees = tuple(f"{tree}/" for tree in (*spec.named, self._memdir) if tree not in (None, "."))
+        self._state_files = {spec_path(spec, state.file) for state in spec.states if state.file}
         # Matching patterns is the dear part of a scan, and its outcome for a path never changes.
-        self._file_verdicts: dict[str, bool | tuple[str, str]] = {}
-        self._directory_verdicts: dict[str, tuple[str, str] | None] = {}
+        self._file_verdicts: dict[str, bool | LeftOut] = {}
+        self._directory_verdicts: dict[str, LeftOut | None] = {}
+        # Directories that are left out but for what is named in them.
+        self._passages: dict[str, LeftOut] = {}
         self._known: dict[tuple[int, int, int], bool] = {}
         # Whatever was seen to be a database, or is named as one: its sidecars are never opened.
         self._database_names = {spec_path(spec, s.sqlite) for s in spec.states if s.sqlite is not None}
@@ -135,10 +194,13 @@ class Scanner:
         """Walk the root. Raises nothing for what it meets: that is in `failures`."""
         found = Scan()
         for start in self._starts:
-            self._walk(start, found)
+            if all(self._enters(directory, found) for directory in _way_to(start)):
+                self._walk(start, found)
         self._drop_sidecars(found)
+        self._refuse_large(found)
         self._judge_suspects(found)
         self._check_required(found)
+        found.fold_small_groups()
         return found
 
     def _walk(self, start: str, found: Scan) -> None:
@@ -146,21 +208,19 @@ class Scanner:
         while pending:
             directory = pending.pop()
             for entry, path in self._entries(directory, found):
-                if path in found.files or path in found.databases:
-                    continue  # two starts may overlap
                 try:
-                    status = entry.stat(follow_symlinks=False)
+                    if entry.is_dir(follow_symlinks=False):
+                        if self._enters(path, found):
+                            mode = entry.stat(follow_symlinks=False).st_mode
+                            found.directories[path] = stat.S_IMODE(mode)
+                            pending.append(path)
+                    elif self._wanted(path, found):
+                        self._classify(path, entry.stat(follow_symlinks=False), found)
                 except FileNotFoundError:
                     continue  # gone between listing and looking: the next reading decides
                 except OSError as exc:  # a directory may be open to be listed and not to be entered
                     found.failures[directory] = self._closed(directory, exc)
                     break
-                if stat.S_ISDIR(status.st_mode):
-                    if self._enters(path, found):
-                        found.directories[path] = stat.S_IMODE(status.st_mode)
-                        pending.append(path)
-                elif self._wanted(path, found):
-                    self._classify(path, status, found)
 
     def _entries(self, directory: str, found: Scan) -> Iterator[tuple[os.DirEntry[str], str]]:
         try:
@@ -183,35 +243,77 @@ class Scanner:
         if path == self._git_directory:
             return False
         if path not in self._directory_verdicts:
-            pattern = self._exclude.matching_directory(path)
-            self._directory_verdicts[path] = None if pattern is None else ("excluded by pattern", pattern)
-        verdict = self._directory_verdicts[path]
-        if verdict is not None:
-            found.excluded[verdict] += 1
-        return verdict is None
+            self._directory_verdicts[path] = self._judge_directory(path)
+        left_out = self._directory_verdicts[path]
+        if left_out is None or path in self._passages:
+            return True
+        if left_out[0] != OUTSIDE or self._spec.walk_all:
+            found.leave_out(left_out, path)
+        return False
+
+    def _judge_directory(self, path: str) -> LeftOut | None:
+        """Why and by which pattern a directory is left out, if it is."""
+        if path in self._named:
+            return None
+        left_out = self._passages.get(_parent(path)) or self._left_out_directory(path)
+        if left_out is not None and any(tree.startswith(f"{path}/") for tree in self._named):
+            self._passages[path] = left_out
+        return left_out
+
+    def _left_out_directory(self, path: str) -> LeftOut | None:
+        outside = None if self._is_reached(path) else (OUTSIDE, f"{path.partition('/')[0]}/")
+        if outside is not None and not self._spec.walk_all:
+            return outside
+        if (pattern := self._secrets.matching_directory(path)) is not None:
+            return SECRET, pattern
+        if (pattern := self._exclude.matching_directory(path)) is not None:
+            return EXCLUDED, pattern
+        return outside
+
+    def _is_reached(self, path: str) -> bool:
+        """Whether anything in a directory could be wanted."""
+        leads_on = any(tree.startswith(f"{path}/") for tree in self._trees)
+        return leads_on or self._in_trees(path) or self._reach.matching(path) is not None
 
     def _wanted(self, path: str, found: Scan) -> bool:
         if path not in self._file_verdicts:
             self._file_verdicts[path] = self._judge(path)
         verdict = self._file_verdicts[path]
         if isinstance(verdict, tuple):
-            found.excluded[verdict] += 1
+            found.leave_out(verdict, path)
         return verdict is True
 
-    def _judge(self, path: str) -> bool | tuple[str, str]:
+    def _judge(self, path: str) -> bool | LeftOut:
         """Whether a file is wanted; if it is left out on purpose, why and by which pattern."""
-        if path == self._git_directory or str(self._spec.root / path) in self._state_files:
+        if path == self._git_directory or path in self._state_files:
             return False  # captured as a repository, and as a state value
-        if self._include.matching(path) is None and not self._in_memdir(path):
+        if path in self._named:
+            return True
+        if (passage := self._passages.get(_parent(path))) is not None:
+            return passage
+        own = self._judge_by_patterns(path)
+        # A sidecar holds what its database holds, so it goes where that goes.
+        base = _sidecar_base(path)
+        if base is None or (isinstance(own, tuple) and own[0] != OUTSIDE):
+            return own
+        its = True if base in self._named else self._judge_by_patterns(base)
+        if isinstance(its, tuple) and its[0] != OUTSIDE:
+            return its
+        return True if its is True else own
+
+    def _judge_by_patterns(self, path: str) -> bool | LeftOut:
+        is_taken = self._in_trees(path) or self._include.matching(path) is not None
+        if not is_taken and not self._spec.walk_all:
             return False
         if (pattern := self._secrets.matching(path)) is not None:
-            return "looks like a secret", pattern
+            return SECRET, pattern
         if (pattern := self._exclude.matching(path)) is not None:
-            return "excluded by pattern", pattern
-        return True
+            return EXCLUDED, pattern
+        top, slash, _ = path.partition("/")
+        return True if is_taken else (OUTSIDE, top + slash)
 
-    def _in_memdir(self, path: str) -> bool:
-        return self._memdir is not None and (self._memdir == "." or path.startswith(f"{self._memdir}/"))
+    def _in_trees(self, path: str) -> bool:
+        return self._memdir == "." or f"{path}/".startswith(self._trees)
 
     def _classify(self, path: str, status: os.stat_result, found: Scan) -> None:
         if stat.S_ISLNK(status.st_mode):
@@ -220,7 +322,7 @@ class Scanner:
             except FileNotFoundError:
                 return
         elif not stat.S_ISREG(status.st_mode):
-            found.excluded["neither file nor directory", _type_name(status.st_mode)] += 1
+            found.leave_out(("neither file nor directory", _type_name(status.st_mode)), path)
         else:
             self._classify_file(path, Signature.of(status), found)
 
@@ -241,26 +343,42 @@ class Scanner:
     def _is_database(self, path: str, signature: Signature) -> bool:
         if signature.identity in self.held_open:
             return True
-        if self._is_sidecar(path):
+        if signature.size_bytes < _SMALLEST_PAGE_BYTES or self._is_sidecar(path):
             return False
         # Looked at again when it changes: its inode may be another file's by then.
         key = (*signature.identity, signature.ctime_ns)
         if key not in self._known:
-            self._known[key] = _has_sqlite_header(self._spec.root / path)
+            self._known[key] = _has_sqlite_header(self._at(path))
         return self._known[key]
 
     def _is_sidecar(self, path: str) -> bool:
         """By name and neighbour, never by content: SQLite holds locks on a `-shm`, which closing any
         descriptor of it in this process would drop, and with them the pin."""
-        bases = [path.removesuffix(suffix) for suffix in SIDECARS if path.endswith(suffix)]
-        return any(base in self._database_names or os.path.lexists(self._spec.root / base) for base in bases)
+        base = _sidecar_base(path)
+        return base is not None and (base in self._database_names or os.path.lexists(self._at(base)))
+
+    def _at(self, path: str) -> str:
+        return f"{self._root}/{path}"  # a Path would cost as much as opening the file
 
     def _drop_sidecars(self, found: Scan) -> None:
         self._database_names |= found.databases.keys()
         for path in self._database_names:
             for suffix in SIDECARS:
                 if found.files.pop(path + suffix, None) is not None:
-                    found.excluded["SQLite sidecar, read through its database", f"*{suffix}"] += 1
+                    found.leave_out((_SIDECAR, f"*{suffix}"), path + suffix)
+
+    def _refuse_large(self, found: Scan) -> None:
+        """What is larger than the configuration allows is named, never quietly left out."""
+        limit_bytes = self._spec.max_file_bytes
+        if limit_bytes is None:
+            return
+        for kind in (found.files, found.databases):
+            for path in [path for path, signature in kind.items() if signature.size_bytes > limit_bytes]:
+                found.failures[path] = Failure(
+                    source=str(self._spec.root / path),
+                    reason=f"has {kind.pop(path).size_bytes:,} bytes; max_file_bytes allows {limit_bytes:,}",
+                    hint="raise max_file_bytes for this agent, or exclude the file",
+                )
 
     def _judge_suspects(self, found: Scan) -> None:
         """A named database, or a file with a database's name or sidecars, has to have a database's header."""
@@ -284,20 +402,33 @@ class Scanner:
 
     def _check_required(self, found: Scan) -> None:
         for required in self._spec.required:
-            if not os.path.lexists(self._spec.root / required):
-                found.failures[required] = _missing(str(self._spec.root / required))
-            elif (self._spec.root / required).is_symlink():
-                found.failures[required] = Failure(
-                    source=str(self._spec.root / required),
-                    reason="is a symbolic link, which is recorded but not followed",
-                    hint="name the file that it points to",
-                )
+            if (reason := self._reason_against(required)) is not None:
+                found.failures[required] = reason
         for pattern in self._spec.sqlite:
             if pattern in self._spec.required:
                 continue
             matcher = Patterns((pattern,), anywhere=False)
-            if not any(matcher.matching(path) for path in [*found.databases, *found.suspects]):
+            if not any(map(matcher.matching, [*found.databases, *found.suspects, *found.failures])):
                 found.failures[pattern] = _missing(str(self._spec.root / pattern))
+
+    def _reason_against(self, required: str) -> Failure | None:
+        path = self._spec.root / required
+        if not os.path.lexists(path):
+            return _missing(str(path))
+        if path.is_symlink():
+            return Failure(
+                source=str(path),
+                reason="is a symbolic link, which is recorded but not followed",
+                hint="name the file that it points to",
+            )
+        for directory in _way_to(required) if required not in self._named else ():
+            if (left_out := self._directory_verdicts.get(directory)) is not None:
+                return Failure(
+                    source=str(path),
+                    reason=f"left out: {left_out[0]} ({left_out[1]})",
+                    hint="name its files without wildcards, mend `exclude`, or set include_secrets = true",
+                )
+        return None
 
 
 def spec_path(spec: AgentSpec, path: Path) -> str:
@@ -313,6 +444,34 @@ def _missing(path: str) -> Failure:
     )
 
 
+def _parent(path: str) -> str:
+    return path.rpartition("/")[0]
+
+
+def _way_to(path: str) -> list[str]:
+    """The directories from below the root to `path`, it included."""
+    parts = [] if path == "." else path.split("/")
+    return ["/".join(parts[: depth + 1]) for depth in range(len(parts))]
+
+
+def _sidecar_base(path: str) -> str | None:
+    return path.rpartition("-")[0] if path.endswith(SIDECARS) else None
+
+
+def _directories_of(patterns: tuple[str, ...]) -> tuple[str, ...]:
+    """Globs of the directories in which something may lie that one of the patterns matches."""
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        parts = pattern.split("/")
+        for depth in range(1, len(parts)):
+            if parts[depth - 1] == "**":
+                break
+            found["/".join(parts[:depth])] = None
+        if "**" in parts:
+            found["/".join(parts[: parts.index("**") + 1])] = None
+    return tuple(found)
+
+
 def _walk_starts(spec: AgentSpec) -> list[str]:
     """The directories below the root in which something can match: the fixed heads of the patterns."""
     starts = {fixed_head(pattern) for pattern in (*spec.include, *spec.sqlite)}
@@ -325,7 +484,7 @@ def _walk_starts(spec: AgentSpec) -> list[str]:
     return kept
 
 
-def _has_sqlite_header(path: Path) -> bool:
+def _has_sqlite_header(path: str) -> bool:
     with open_quietly(path) as stream:
         return os.read(stream, 16) == SQLITE_MAGIC
 
@@ -333,7 +492,7 @@ def _has_sqlite_header(path: Path) -> bool:
 class open_quietly:  # noqa: N801  reads as a function where it is used
     """A descriptor for reading a regular file: no link followed, no FIFO waited for, no access time moved."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | str) -> None:
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
             self._descriptor = os.open(path, flags | os.O_NOATIME)

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from config.agents import load_profile
-from daemon.capture.scan import Patterns, Scan, Scanner
+from daemon.capture import scan
+from daemon.capture.scan import EXCLUDED, OUTSIDE, SECRET, Patterns, Scan, Scanner, open_quietly
 from daemon.model import AgentSpec, StateSource
 
 
@@ -188,6 +189,205 @@ def test_a_fifo_is_not_waited_for(root: Path) -> None:
     found = scan_of(root, sqlite=("*.sqlite",))
     assert dict(found.excluded) == {("neither file nor directory", "fifo"): 1}
     assert found.failures.keys() == {"*.sqlite"}
+
+
+def reasons(found: Scan) -> dict[tuple[str, str], int]:
+    return dict(found.excluded)
+
+
+# --- what is counted ------------------------------------------------------------------------------
+
+
+def test_what_no_pattern_takes_is_counted_below_the_entry_of_the_root_that_it_lies_in(root: Path) -> None:
+    write(root, "sessions/1.jsonl", "sessions/1.txt", "sessions/old/2.txt", "logs/a.log", "logs/b/c.log", "x")
+    found = scan_of(root, include=("sessions/*.jsonl",), walk_all=True)
+    assert found.files.keys() == {"sessions/1.jsonl"}
+    assert found.directories.keys() == {"sessions"}
+    assert reasons(found) == {
+        (OUTSIDE, "logs/"): 1,  # a directory in which nothing can match is one, and not entered
+        (OUTSIDE, "sessions/"): 2,
+        (OUTSIDE, "x"): 1,
+    }
+    assert sorted(found.examples[OUTSIDE, "sessions/"]) == ["sessions/1.txt", "sessions/old"]
+
+
+def test_a_directory_in_which_nothing_can_match_is_not_listed(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(root, "a.md", "huge/x")
+    listed: list[str] = []
+    list_directory = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: listed.append(str(path)) or list_directory(path))
+    found = scan_of(root, include=("*.md", "notes/*/x.md"), walk_all=True)
+    assert reasons(found) == {(OUTSIDE, "huge/"): 1}
+    assert listed == [str(root)]
+
+
+@pytest.mark.parametrize(
+    ("include", "entered"),
+    [
+        ("a/b/c.md", {"a", "a/b"}),
+        ("a/*/c.md", {"a", "a/b", "a/other"}),
+        ("*/b/*.md", {"a", "a/b", "other"}),
+        ("a/**", {"a", "a/b", "a/b/deep", "a/other"}),
+        ("**/c.md", {"a", "a/b", "a/b/deep", "a/other", "other"}),
+        ("c.md", set()),
+    ],
+)
+def test_the_directories_that_a_pattern_can_match_in_are_entered(
+    include: str, entered: set[str], root: Path
+) -> None:
+    write(root, "a/b/deep/c.md", "a/other/x", "other/x")
+    assert scan_of(root, include=(include,), walk_all=True).directories.keys() == entered
+
+
+def test_sources_that_are_spelled_out_say_nothing_of_what_lies_beside_them(root: Path) -> None:
+    write(root, "sessions/1.jsonl", "sessions/.env", "sessions/keys/.env", "private/letter", ".env")
+    found = scan_of(root, include=("sessions/*.jsonl",), secrets=(".env",))
+    assert found.files.keys() == {"sessions/1.jsonl"}
+    assert reasons(found) == {}
+
+
+def test_however_much_lies_in_a_root_few_groups_are_counted(root: Path) -> None:
+    write(root, *(f"{number:03}" for number in range(100)), "big/a", "big/b")
+    found = scan_of(root, include=("notes/**", "big/*.md"), walk_all=True)
+    assert len(found.excluded) == 21
+    assert found.excluded[OUTSIDE, "big/"] == 2
+    assert found.excluded.total() == 102
+    assert len(found.examples[OUTSIDE, "(other entries)"]) == 3
+
+
+def test_a_name_that_is_no_text_can_be_counted(root: Path) -> None:
+    write(root, "a.md")
+    (root / os.fsdecode(b"\xff\xfe")).write_bytes(b"")
+    [excluded] = scan_of(root, include=("*.md",), walk_all=True).exclusions()
+    assert (excluded.reason, excluded.pattern) == (OUTSIDE, "\\xff\\xfe")
+
+
+def test_examples_are_few(root: Path) -> None:
+    write(root, *(f"{number}.tmp" for number in range(10)))
+    found = scan_of(root, exclude=("*.tmp",))
+    assert found.excluded[EXCLUDED, "*.tmp"] == 10
+    assert len(found.examples[EXCLUDED, "*.tmp"]) == 3
+
+
+# --- secrets --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", ["credentials", "*cred*", "credentials/**", "**/credentials/**"])
+def test_a_directory_of_secrets_is_left_out_whole_and_counted_as_one(pattern: str, root: Path) -> None:
+    write(root, "credentials/a.json", "credentials/deep/b.md", "note.md")
+    found = scan_of(root, secrets=(pattern,))
+    assert found.files.keys() == {"note.md"}
+    assert found.directories == {}
+    assert reasons(found) == {(SECRET, pattern): 1}
+
+
+def test_a_secret_is_one_in_capitals_too(root: Path) -> None:
+    write(root, "AUTH.JSON", "Credentials/x", "note.TMP")
+    found = scan_of(root, secrets=("auth.json", "credentials"), exclude=("*.tmp",))
+    assert found.files.keys() == {"note.TMP"}
+
+
+def test_a_secret_outside_of_the_profile_is_still_named_as_one(root: Path) -> None:
+    write(root, "auth.json", "other.json", "a.md")
+    found = scan_of(root, include=("*.md",), secrets=("auth.json",), walk_all=True)
+    assert reasons(found) == {(SECRET, "auth.json"): 1, (OUTSIDE, "other.json"): 1}
+
+
+@pytest.mark.parametrize("suffix", ["-wal", "-shm", "-journal"])
+def test_the_sidecar_of_a_database_that_is_left_out_is_left_out_with_it(suffix: str, root: Path) -> None:
+    make_database(root / "auth.db")
+    make_database(root / "logs.db")
+    write(root, f"auth.db{suffix}", f"logs.db{suffix}")
+    found = scan_of(root, secrets=("auth.db",), exclude=("logs.db",))
+    assert (found.files, found.databases) == ({}, {})
+    assert reasons(found) == {(SECRET, "auth.db"): 2, (EXCLUDED, "logs.db"): 2}
+
+
+def test_the_sidecar_of_a_database_is_no_stranger_to_the_profile(root: Path) -> None:
+    make_database(root / "state.sqlite")
+    write(root, "state.sqlite-wal", "state.sqlite-shm")
+    found = scan_of(root, include=("*.sqlite",), walk_all=True)
+    assert found.databases.keys() == {"state.sqlite"}
+    assert {pattern: count for (_, pattern), count in found.excluded.items()} == {"*-wal": 1, "*-shm": 1}
+
+
+# --- what the user named --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("walk_all", [False, True])
+def test_what_is_named_is_taken_whatever_leaves_it_out(walk_all: bool, root: Path) -> None:
+    write(root, ".env", "other.env", "keep.tmp", "lose.tmp")
+    named = (".env", "keep.tmp")
+    found = scan_of(
+        root, include=("**",), named=named, secrets=("*.env", ".env"), exclude=("*.tmp",), walk_all=walk_all
+    )
+    assert found.files.keys() == set(named)
+    assert reasons(found) == {(SECRET, "*.env"): 1, (EXCLUDED, "*.tmp"): 1}
+
+
+@pytest.mark.parametrize("walk_all", [False, True])
+def test_of_a_directory_of_secrets_only_what_is_named_is_taken(walk_all: bool, root: Path) -> None:
+    name = "credentials/of/ana/token.json"
+    write(root, name, "credentials/other.json", "credentials/of/bob/token.json", "credentials/of/ana/x")
+    found = scan_of(
+        root, include=("notes/*.md", name), named=(name,), secrets=("credentials",), walk_all=walk_all
+    )
+    assert found.files.keys() == {name}
+    assert {why for why, _ in found.excluded} == {SECRET}
+
+
+def test_a_directory_that_is_named_is_taken_whole_but_for_secrets(root: Path) -> None:
+    write(root, "credentials/a.md", "credentials/deep/b.md", "credentials/.env", "other/c.md")
+    found = scan_of(
+        root, include=("credentials",), named=("credentials",), secrets=("credentials", ".env"), walk_all=True
+    )
+    assert found.files.keys() == {"credentials/a.md", "credentials/deep/b.md"}
+    assert reasons(found) == {(SECRET, ".env"): 1, (OUTSIDE, "other/"): 1}
+
+
+def test_a_pattern_into_a_directory_of_secrets_finds_nothing_and_that_is_said(root: Path) -> None:
+    write(root, "credentials/a.json")
+    found = scan_of(
+        root, include=("credentials/*.json",), required=("credentials",), secrets=("*credentials",)
+    )
+    assert found.files == {}
+    assert "looks like a secret" in found.failures["credentials"].reason
+    assert found.failures["credentials"].hint
+
+
+# --- sizes ----------------------------------------------------------------------------------------
+
+
+def test_what_is_larger_than_allowed_is_a_failure_and_is_not_captured(root: Path) -> None:
+    make_database(root / "large.sqlite")
+    write(root, "small.md")
+    with (root / "large.bin").open("wb") as stream:
+        stream.truncate(5000)  # a sparse file counts as what a copy would be
+    found = scan_of(root, include=("**",), sqlite=("*.sqlite",), max_file_bytes=4999)
+    assert (found.files.keys(), found.databases) == ({"small.md"}, {})
+    assert found.failures.keys() == {"large.bin", "large.sqlite"}
+    failure = found.failures["large.bin"]
+    assert (failure.source, failure.reason) == (
+        str(root / "large.bin"),
+        "has 5,000 bytes; max_file_bytes allows 4,999",
+    )
+    assert "max_file_bytes" in failure.hint
+
+
+def test_what_is_just_as_large_as_allowed_is_captured(root: Path) -> None:
+    write(root, "a.md")
+    assert scan_of(root, max_file_bytes=1).files.keys() == {"a.md"}
+
+
+def test_a_file_too_small_for_a_database_is_not_opened(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (root / "small").write_bytes(b"x" * 511)
+    make_database(root / "database")
+    opened: list[str] = []
+    monkeypatch.setattr(scan, "open_quietly", lambda path: opened.append(path) or open_quietly(path))
+    assert scan_of(root).databases.keys() == {"database"}
+    assert opened == [str(root / "database")]
 
 
 def test_the_generic_profile_leaves_out_what_an_agent_does_not_know(root: Path) -> None:
