@@ -9,30 +9,50 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from config.settings import AgentSettings
+from config.settings import AgentSettings, Name, StateSettings
 from daemon.errors import ConfigError
-from daemon.model import AgentSpec, fixed_head, has_wildcard
+from daemon.model import AgentSpec, StateSource, fixed_head, has_wildcard
+
+_COMMON = "common"
+
+
+class ProfileState(StateSettings):
+    """A state value of a profile: never a command, those come from the local configuration."""
+
+    command: None = None
+    restore_command: None = None
 
 
 class Profile(BaseModel):
-    """How one kind of agent lays out what it knows. Patterns are relative to the agent's root."""
+    """How one kind of agent lays out what it knows. Patterns and paths are relative to the agent's root.
+
+    marks: globs (braces too) that all find something in a directory that is such an agent's root
+    roots: where such an agent usually lives; `~` and environment variables are expanded
+    state: values that need not be there
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    summary: str = ""
     memdir: tuple[str, ...] = ()
-    include: tuple[str, ...] = ("**",)
+    include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     secrets: tuple[str, ...] = ()
+    secret_tables: tuple[str, ...] = ()
+    marks: tuple[str, ...] = ()
+    roots: tuple[str, ...] = ()
+    state: dict[Name, ProfileState] = Field(default_factory=dict)
+    require_point_in_time: bool = False
 
 
 def profile_names() -> list[str]:
     shipped = files("config").joinpath("profiles").iterdir()
-    return sorted(entry.name.removesuffix(".toml") for entry in shipped if entry.name.endswith(".toml"))
+    names = (entry.name.removesuffix(".toml") for entry in shipped if entry.name.endswith(".toml"))
+    return sorted(name for name in names if name != _COMMON)
 
 
-@cache
 def load_profile(name: str) -> Profile:
     """Raises ConfigError, which lists the known ones."""
     known = profile_names()
@@ -42,6 +62,11 @@ def load_profile(name: str) -> Profile:
             f"no profile {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
             hint=f"known profiles: {', '.join(known)}",
         )
+    return _shipped(name)
+
+
+@cache
+def _shipped(name: str) -> Profile:
     text = files("config").joinpath("profiles", f"{name}.toml").read_text(encoding="utf-8")
     try:
         return Profile.model_validate(tomllib.loads(text))
@@ -53,17 +78,20 @@ def agent_spec(agent_id: str, settings: AgentSettings) -> AgentSpec:
     """Raises ConfigError: unknown profile; a path outside the root, beginning with the key it is about."""
     root = settings.root or _common_root(settings)
     profile_name = settings.profile_name
-    profile = load_profile(profile_name) if profile_name else Profile(include=())
+    profile = load_profile(profile_name) if profile_name else Profile()
+    common = _shipped(_COMMON)
     sqlite = _relative(settings.sqlite, root, "sqlite")
     plain = _relative(settings.files, root, "files")
     memdir = root / settings.memdir if settings.memdir else None
     if memdir is not None and (not memdir.is_relative_to(root) or ".." in memdir.relative_to(root).parts):
         raise ConfigError(f"memdir: {memdir} lies outside the agent's root {root}")
-    required = [pattern for pattern in (*sqlite, *plain) if not has_wildcard(pattern)]
-    heads = [fixed_head(pattern) for pattern in plain if has_wildcard(pattern)]
-    required += [head for head in dict.fromkeys(heads) if head != "."]
+    named = [pattern for pattern in (*sqlite, *plain) if not has_wildcard(pattern)]
     if memdir is not None and memdir != root:
-        required.append(str(memdir.relative_to(root)))
+        named.append(str(memdir.relative_to(root)))
+    heads = [fixed_head(pattern) for pattern in plain if has_wildcard(pattern)]
+    required = [*named, *(head for head in dict.fromkeys(heads) if head != ".")]
+    keeps_secrets = settings.include_secrets
+    point_in_time = settings.require_point_in_time
     return AgentSpec(
         tenant=settings.tenant,
         agent_id=agent_id,
@@ -73,9 +101,26 @@ def agent_spec(agent_id: str, settings: AgentSettings) -> AgentSpec:
         memdir_candidates=profile.memdir,
         sqlite=sqlite,
         required=tuple(required),
-        exclude=(*profile.exclude, *settings.exclude),
-        secrets=profile.secrets,
-        states=tuple(state.source(name, root) for name, state in settings.state.items()),
+        named=tuple(named),
+        exclude=(*common.exclude, *profile.exclude, *settings.exclude),
+        secrets=() if keeps_secrets else (*common.secrets, *profile.secrets),
+        secret_tables=() if keeps_secrets else profile.secret_tables,
+        states=_states(profile, settings, root),
+        walk_all=profile_name is not None,
+        before=settings.before or (),
+        after=settings.after or (),
+        command_timeout_seconds=settings.command_timeout_seconds,
+        require_point_in_time=profile.require_point_in_time if point_in_time is None else point_in_time,
+        max_file_bytes=settings.max_file_bytes,
+        max_agent_bytes=settings.max_agent_bytes,
+    )
+
+
+def _states(profile: Profile, settings: AgentSettings, root: Path) -> tuple[StateSource, ...]:
+    """The profile's values, then the agent's own; one of the same name takes the other's place."""
+    known = {name: state.source(name, root, optional=True) for name, state in profile.state.items()}
+    return tuple(
+        (known | {name: state.source(name, root) for name, state in settings.state.items()}).values()
     )
 
 

@@ -21,7 +21,7 @@ from config.agents import agent_spec
 from config.complaints import at, explain, is_there, nearest, nearest_path, not_json
 from config.settings import ENVIRONMENT_PREFIX, AgentSettings, Settings
 from daemon.errors import AgentNotFound, ConfigError, UsageError
-from daemon.model import AgentSpec, StateSource, fixed_head, has_wildcard
+from daemon.model import AgentSpec, fixed_head, has_wildcard
 from storage_backends import known_schemes
 
 _OWN_VARIABLES = {"AGENTKEEP_CONFIG"}
@@ -188,18 +188,15 @@ def _check_overlap(path: Path, text: str, agents: Mapping[str, AgentSpec]) -> No
     # A state value of one agent within another: one would read what the other has pinned, and a database
     # must not be opened as a file while SQLite has it open in the same process.
     states = [
-        (_resolved_state(source), agent_id) for agent_id, spec in agents.items() for source in spec.states
+        (home.resolve(), agent_id)
+        for agent_id, spec in agents.items()
+        for source in spec.states
+        if (home := source.file or source.sqlite) is not None
     ]
     for place, agent_id in [*owners.items(), *states]:
         for other in _claims_on(place, owners, patterns):
             if owners[other] != agent_id:
                 refuse(agent_id, place, other)
-
-
-def _resolved_state(source: StateSource) -> Path:
-    path = source.file or source.sqlite
-    assert path is not None
-    return path.resolve()
 
 
 def _claims_on(place: Path, owners: Mapping[Path, str], patterns: Mapping[Path, _Patterns]) -> Iterable[Path]:

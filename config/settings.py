@@ -8,10 +8,19 @@ from __future__ import annotations
 
 import os
 import re
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     NestedSecretsSettingsSource,
@@ -62,9 +71,43 @@ def _check_absolute(path: Path) -> Path:
     return path
 
 
+def _check_command(command: tuple[str, ...]) -> tuple[str, ...]:
+    if not command or not command[0]:
+        raise ValueError("a command is a list: its program, then its arguments")
+    program = Path(command[0]).expanduser()
+    if len(program.parts) > 1 and not program.is_absolute():
+        raise ValueError(f"it has to be a program's name or its absolute path, not {command[0]!r}")
+    return (str(program), *command[1:])
+
+
+_UNITS = {"B": 1} | {
+    unit: base**power
+    for power, letter in enumerate("kMGT", start=1)
+    for unit, base in ((f"{letter}B", 1000), (f"{letter.upper()}iB", 1024))
+}
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*\Z")
+
+
+def _bytes_of(value: object) -> object:
+    """`"2 GiB"` and the like in bytes; what is no text is left for the type to judge."""
+    if not isinstance(value, str):
+        return value
+    units = {unit.lower(): size for unit, size in _UNITS.items()}
+    match = _SIZE.match(value)
+    unit = match[2].lower() or "b" if match else ""
+    if match is None or unit not in units:
+        near = get_close_matches(unit, units, n=1, cutoff=0.5)
+        spelled = next((known for known in _UNITS if [known.lower()] == near), None)
+        guess = f"; did you mean {f'{match[1]} {spelled}'!r}?" if match and spelled else ""
+        raise ValueError(f"not a size: {value!r}; write bytes, or a number with {', '.join(_UNITS)}{guess}")
+    return int(float(match[1]) * units[unit])
+
+
 Name = Annotated[str, AfterValidator(_check_name)]
 UserPath = Annotated[Path, AfterValidator(_expand)]
 AbsolutePath = Annotated[UserPath, AfterValidator(_check_absolute)]
+Command = Annotated[tuple[str, ...], AfterValidator(_check_command)]
+Size = Annotated[int, BeforeValidator(_bytes_of), Field(strict=True, gt=0)]
 
 
 class _Section(BaseModel):
@@ -72,26 +115,33 @@ class _Section(BaseModel):
 
 
 class StateSettings(_Section):
-    """One state value: `{ file = ... }`, or `{ sqlite = ..., query = ... }`."""
+    """One state value: `{ file = ... }`, `{ sqlite = ..., query = ... }`, or `{ command = [...] }`."""
 
     file: UserPath | None = None
     sqlite: UserPath | None = None
     query: str | None = None
+    command: Command | None = None
+    restore_command: Command | None = None
 
     @model_validator(mode="after")
     def _one_kind(self) -> StateSettings:
-        if (self.file is None) == (self.sqlite is None):
-            raise ValueError("a state value has either `file`, or `sqlite` with `query`")
+        if [self.file, self.sqlite, self.command].count(None) != 2:
+            raise ValueError("a state value has either `file`, or `sqlite` with `query`, or `command`")
         if (self.sqlite is None) != (self.query is None):
             raise ValueError("`sqlite` and `query` go together")
+        if self.restore_command is not None and self.command is None:
+            raise ValueError("`restore_command` goes with `command`: other values are put back as they were")
         return self
 
-    def source(self, name: str, root: Path) -> StateSource:
+    def source(self, name: str, root: Path, *, optional: bool = False) -> StateSource:
         return StateSource(
             name=name,
             file=None if self.file is None else root / self.file,
             sqlite=None if self.sqlite is None else root / self.sqlite,
             query=self.query,
+            command=self.command or (),
+            restore_command=self.restore_command or (),
+            optional=optional,
         )
 
 
@@ -105,6 +155,13 @@ class AgentSettings(_Section):
     sqlite: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    include_secrets: bool = False
+    max_file_bytes: Size | None = None
+    max_agent_bytes: Size | None = None
+    require_point_in_time: bool | None = None
+    before: Command | None = None
+    after: Command | None = None
+    command_timeout_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 60.0
     state: dict[Name, StateSettings] = Field(default_factory=dict)
     schedule: Annotated[str, AfterValidator(_check_schedule)] = "every 1h"
     jitter_seconds: Annotated[int, Field(ge=0)] | None = None

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 import config
 from config import Configuration, find_config_file, load
+from config.agents import profile_names
 from config.settings import Settings
 from daemon.errors import AgentkeepError, AgentNotFound, ConfigError, UsageError
 from daemon.model import StateSource
@@ -65,7 +66,8 @@ def test_five_lines_are_enough(write: Write, tmp_path: Path) -> None:
     spec = configuration.agent("ana")
     assert (spec.tenant, spec.agent_id, spec.root) == ("default", "ana", tmp_path / "ana")
     assert spec.include == ("**",)
-    assert "auth.json" in spec.secrets
+    assert spec.walk_all
+    assert ".env" in spec.secrets
     assert spec.memdir is None
     assert "memory" in spec.memdir_candidates
     assert configuration.destinations_of("ana") == ("offsite",)
@@ -92,7 +94,8 @@ def test_sources_that_are_spelled_out_have_the_deepest_directory_that_holds_all_
     assert spec.sqlite == ("db/*.sqlite", "db/extra/one.db")
     assert set(spec.include) == {"db/*.sqlite", "db/extra/one.db", "sessions/**/*.jsonl", "notes.md"}
     assert set(spec.required) == {"memory", "db/extra/one.db", "notes.md", "sessions"}
-    assert (spec.secrets, spec.exclude) == ((), ())
+    assert set(spec.named) == {"memory", "db/extra/one.db", "notes.md"}
+    assert not spec.walk_all
     assert spec.states == (
         StateSource("cursor", file=root / "state" / "cursor.json"),
         StateSource("run", sqlite=root / "db" / "registry.sqlite", query="SELECT 1"),
@@ -121,7 +124,7 @@ def test_with_a_root_sources_may_be_relative_to_it(write: Write, tmp_path: Path)
     spec = load(write(text)).agent("bob")
     assert spec.memdir == tmp_path / "bob" / "memory"
     assert spec.include == ("notes.md", "db/*.db")
-    assert spec.required == ("notes.md", "memory")
+    assert spec.required == spec.named == ("notes.md", "memory")
 
 
 def test_a_profile_and_sources_add_up(write: Write) -> None:
@@ -131,6 +134,96 @@ def test_a_profile_and_sources_add_up(write: Write) -> None:
     assert spec.sqlite == ("db/must.db",)
     assert spec.exclude[-1] == "scratch/**"
     assert "*.pid" in spec.exclude
+
+
+@pytest.mark.parametrize(
+    ("written", "size_bytes"),
+    [
+        ("1048576", 1 << 20),
+        ("'1048576'", 1 << 20),
+        ("'2 GiB'", 2 << 30),
+        ("'2gib'", 2 << 30),
+        ("'1.5 KiB'", 1536),
+        ("'10 MB'", 10_000_000),
+        ("' 3 kB '", 3000),
+        ("'7 B'", 7),
+        ("'1TiB'", 1 << 40),
+    ],
+)
+def test_a_size_may_be_written_as_people_write_it(written: str, size_bytes: int, write: Write) -> None:
+    spec = load(write(f"{ANA}max_file_bytes = {written}\nmax_agent_bytes = {written}\n")).agent("ana")
+    assert (spec.max_file_bytes, spec.max_agent_bytes) == (size_bytes, size_bytes)
+
+
+def test_how_an_agent_is_captured_reaches_capture(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ana")
+    text = """
+        [agents.ana]
+        root = "@/ana"
+        before = ["~/bin/freeze", "--now", "~"]
+        after = ["thaw"]
+        command_timeout_seconds = 1.5
+        require_point_in_time = true
+        [agents.ana.state]
+        queue = { command = ["dump", "queue"], restore_command = ["/opt/fill"] }
+    """
+    spec = load(write(text)).agent("ana")
+    assert (spec.before, spec.after) == (("/home/ana/bin/freeze", "--now", "~"), ("thaw",))
+    assert (spec.command_timeout_seconds, spec.require_point_in_time) == (1.5, True)
+    assert spec.states == (StateSource("queue", command=("dump", "queue"), restore_command=("/opt/fill",)),)
+
+
+def test_nothing_of_that_is_asked_for_by_default(write: Write) -> None:
+    spec = load(write(ANA)).agent("ana")
+    assert (spec.before, spec.after, spec.require_point_in_time) == ((), (), False)
+    assert (spec.max_file_bytes, spec.max_agent_bytes, spec.command_timeout_seconds) == (None, None, 60.0)
+
+
+@pytest.mark.parametrize(
+    "sources", ['root = "@/x"', 'files = ["@/x/*.md"]', 'root = "@/x"\nprofile = "openclaw"']
+)
+def test_secrets_and_caches_are_left_out_of_every_agent(sources: str, write: Write) -> None:
+    spec = load(write(f"[agents.ana]\n{sources}\n")).agent("ana")
+    assert {".env", "*credentials", "*.pem"} <= set(spec.secrets)
+    assert {"node_modules", "*.sock", "__pycache__"} <= set(spec.exclude)
+
+
+def test_secrets_are_kept_where_that_is_asked_for(write: Write) -> None:
+    text = '[agents.ana]\nroot = "@/ana"\nprofile = "openclaw"\ninclude_secrets = true\n'
+    spec = load(write(text)).agent("ana")
+    assert (spec.secrets, spec.secret_tables) == ((), ())
+    assert "node_modules" in spec.exclude
+
+
+def test_a_profile_s_state_values_need_not_be_there_and_one_s_own_take_their_place(
+    write: Write, tmp_path: Path
+) -> None:
+    text = """
+        [agents.ana]
+        root = "@/ana"
+        profile = "nexo"
+        [agents.ana.state]
+        dream_run = { file = "run.json" }
+        more = { file = "more.json" }
+    """
+    root = tmp_path / "ana"
+    assert load(write(text)).agent("ana").states == (
+        StateSource("extract_cursor", file=root / "state" / "extract_cursor.json", optional=True),
+        StateSource("dream_run", file=root / "run.json"),
+        StateSource("more", file=root / "more.json"),
+    )
+
+
+@pytest.mark.parametrize(("asked", "required"), [("", True), ("require_point_in_time = false\n", False)])
+def test_what_a_profile_asks_for_may_be_waived(asked: str, required: bool, write: Write) -> None:
+    text = f'[agents.ana]\nroot = "@/ana"\nprofile = "chroma"\n{asked}'
+    assert load(write(text)).agent("ana").require_point_in_time is required
+
+
+def test_a_state_value_of_a_command_overlaps_with_nobody(write: Write) -> None:
+    state = '[agents.{0}.state]\nx = {{ command = ["date"] }}\n'
+    text = "".join(f'[agents.{name}]\nroot = "@/{name}"\n{state.format(name)}' for name in ("ana", "bob"))
+    assert len(load(write(text)).agents) == 2
 
 
 def test_a_home_directory_may_be_written_as_a_tilde(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,9 +298,28 @@ def test_the_example_is_a_configuration(tmp_path: Path) -> None:
 def test_the_example_shows_every_key_and_no_other() -> None:
     shown = set(re.findall(r"^#?([a-z_]+) = ", example(), re.MULTILINE))
     shown |= set(re.findall(r"^#?\[([a-z_]+)", example(), re.MULTILINE))
-    shown |= set(re.findall(r"\b(file|query) = ", example()))  # in tables within a line
+    in_a_line = r"\b(file|query|command|restore_command) = "
+    shown |= set(re.findall(in_a_line, example()))
     shown |= set(re.findall(r"^#?\[agents\.[a-z]+\.([a-z]+)\]", example(), re.MULTILINE))
-    assert shown - {"extract_cursor", "dream_run"} == set(keys_of(Settings))
+    assert shown - {"extract_cursor", "dream_run", "queue"} == set(keys_of(Settings))
+
+
+def test_the_example_uncommented_is_a_configuration_too(tmp_path: Path) -> None:
+    """Every key of an agent, with the value that it is shown with."""
+    section = example().split("[agents.ana]")[1].split("[agents.bob]")[0]
+    path = tmp_path / "agentkeep.toml"
+    path.write_text(
+        "[agents.ana]\n" + re.sub(r"^#(?=[a-z_]+ = )", "", section, flags=re.MULTILINE) + f"{OFFSITE}"
+    )
+    spec = load(path).agent("ana")
+    assert spec.max_file_bytes == 2 << 30
+    assert spec.after == ("systemctl", "--user", "start", "agent-ana")
+
+
+def test_the_example_names_every_profile() -> None:
+    named = re.search(r"lays out its files: ([^.]*)\.", example().replace("\n# ", " "))
+    assert named is not None
+    assert re.split(r", | or ", named[1]) == profile_names()
 
 
 def test_the_defaults_that_the_example_names_are_the_defaults() -> None:
@@ -375,6 +487,64 @@ BAD_VALUES = {
         ANA + "[agents.ana.state]\nx = { file = '/x', query = 'q' }  # here\n",
         "agents.ana.state.x",
         "go together",
+    ),
+    "a command of a state value that is text": (
+        ANA + "[agents.ana.state]\nx = { command = 'date +%s' }  # here\n",
+        "agents.ana.state.x.command",
+        "should be a list, not 'date +%s'",
+    ),
+    "a state value of two kinds": (
+        ANA + "[agents.ana.state]\nx = { file = '/x', command = ['date'] }  # here\n",
+        "agents.ana.state.x",
+        "either `file`, or `sqlite` with `query`, or `command`",
+    ),
+    "a way back without a way there": (
+        ANA + "[agents.ana.state]\nx = { file = '/x', restore_command = ['tee'] }  # here\n",
+        "agents.ana.state.x",
+        "`restore_command` goes with `command`",
+    ),
+    "a command that is text": (ANA + "before = 'sync'  # here\n", "agents.ana.before", "list, not 'sync'"),
+    "a command of nothing": (ANA + "after = []  # here\n", "agents.ana.after", "its program, then"),
+    "a command without a program": (ANA + "after = ['', 'x']  # here\n", "agents.ana.after", "its program"),
+    "a command of no certain place": (
+        ANA + "before = ['bin/freeze']  # here\n",
+        "agents.ana.before",
+        "absolute path, not 'bin/freeze'",
+    ),
+    "no time at all": (
+        ANA + "command_timeout_seconds = 0  # here\n",
+        "agents.ana.command_timeout_seconds",
+        "than 0",
+    ),
+    "endless time": (
+        ANA + "command_timeout_seconds = inf  # here\n",
+        "agents.ana.command_timeout_seconds",
+        "not inf",
+    ),
+    "a size in words": (
+        ANA + "max_file_bytes = 'much'  # here\n",
+        "agents.ana.max_file_bytes",
+        "not a size: 'much'",
+    ),
+    "a size in no unit": (
+        ANA + "max_agent_bytes = '2 Gi'  # here\n",
+        "agents.ana.max_agent_bytes",
+        "did you mean '2 GiB'?",
+    ),
+    "a size of nothing": (
+        ANA + "max_file_bytes = '0 GiB'  # here\n",
+        "agents.ana.max_file_bytes",
+        "greater than 0",
+    ),
+    "a size that is none": (
+        ANA + "max_file_bytes = true  # here\n",
+        "agents.ana.max_file_bytes",
+        "valid integer",
+    ),
+    "a fraction of a byte": (
+        ANA + "max_file_bytes = 1.5  # here\n",
+        "agents.ana.max_file_bytes",
+        "valid integer",
     ),
     "sources of nowhere": ("[agents.ana]\nsqlite = ['x.db']  # here\n", "sqlite", "'x.db' is relative"),
     "a memdir of nowhere": ("[agents.ana]\nmemdir = 'memory'  # here\n", "memdir", "'memory' is relative"),

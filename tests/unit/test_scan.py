@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from config.agents import load_profile
+from config.agents import agent_spec
+from config.settings import AgentSettings
 from daemon.capture import scan
 from daemon.capture.scan import EXCLUDED, OUTSIDE, SECRET, Patterns, Scan, Scanner, open_quietly
 from daemon.model import AgentSpec, StateSource
@@ -420,8 +421,7 @@ def test_the_generic_profile_leaves_out_what_an_agent_does_not_know(root: Path) 
         "repo/.git/config",
     ]
     write(root, *left_out, *secrets, *kept)
-    profile = load_profile("generic")
-    found = scan_of(root, include=profile.include, exclude=profile.exclude, secrets=profile.secrets)
+    found = Scanner(agent_spec("ana", AgentSettings(root=root))).scan()
     assert found.files.keys() == set(kept)
     counted: dict[str, int] = {}
     for (reason, _), count in found.excluded.items():
