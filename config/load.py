@@ -88,7 +88,7 @@ def find_config_file(given: Path | None) -> Path:
     looked = ", ".join(map(str, [given] if given is not None else usual))
     raise ConfigError(
         f"no configuration: {looked} is not there" if given else f"no configuration at {looked}",
-        hint="write one (README: five lines), and name it with --config FILE or AGENTKEEP_CONFIG",
+        hint="`agentkeep init --out FILE` writes one; name it with --config FILE or AGENTKEEP_CONFIG",
     )
 
 
@@ -96,10 +96,18 @@ def load(path: Path) -> Configuration:
     """Read and check a configuration file. Raises ConfigError."""
     try:
         text = path.read_text(encoding="utf-8")
-        raw = tomllib.loads(text)
     except OSError as exc:
         raise ConfigError(f"cannot read {path}: {exc.strerror}") from exc
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+    except UnicodeDecodeError as exc:
+        raise ConfigError(f"{path} is not valid TOML: {exc}") from exc
+    return parse(path, text)
+
+
+def parse(path: Path, text: str) -> Configuration:
+    """Check a configuration that is, or is to be, in a file. Raises ConfigError."""
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as exc:
         raise ConfigError(f"{path} is not valid TOML: {exc}") from exc
     _check_environment()
     for key in raw:

@@ -39,13 +39,19 @@ _NAME_RULE = "use a-z, 0-9, _ and -, 1 to 64 characters, with a letter or digit 
 
 def _check_name(name: str) -> str:
     if not is_valid_name(name):
-        raise ValueError(f"not a valid name: {name!r}; {_NAME_RULE}{_nearest_name(name)}")
+        raise ValueError(f"not a valid name: {name!r}; {_NAME_RULE}{_guess(name)}")
     return name
 
 
-def _nearest_name(name: str) -> str:
-    near = re.sub(r"[^a-z0-9_-]+", "-", name.lower())[:64].strip("_-")
-    return f"; did you mean {near!r}?" if is_valid_name(near) else ""
+def _guess(name: str) -> str:
+    near = nearest_name(name)
+    return f"; did you mean {near!r}?" if near else ""
+
+
+def nearest_name(text: str) -> str | None:
+    """The agent id or tenant that is most like `text`, if any is."""
+    near = re.sub(r"[^a-z0-9_-]+", "-", text.lower())[:64].strip("_-")
+    return near if is_valid_name(near) else None
 
 
 def _expand(path: Path) -> Path:

@@ -19,7 +19,7 @@ import typer
 from daemon import __version__
 from daemon.cli import render
 from daemon.cli.wiring import Host, read_identities
-from daemon.errors import AgentkeepError, ConfigError, ExitCode, UsageError
+from daemon.errors import AgentkeepError, AgentNotFound, ConfigError, ExitCode, UsageError
 
 if TYPE_CHECKING:
     from daemon.locate import Bundle
@@ -137,17 +137,26 @@ def list_snapshots(context: typer.Context, agent: AgentArgument = None) -> int:
 @app.command()
 def show(
     context: typer.Context,
-    snap: SnapshotArgument,
+    snap: Annotated[
+        str | None, typer.Argument(metavar="SNAP", help="A snapshot; with --plan an agent.")
+    ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="What a snapshot of AGENT would hold, and why.")
+    ] = False,
     agent: AgentOption = None,
     identity: IdentityOption = None,
     endpoint_url: EndpointOption = None,
     region: RegionOption = None,
     ca_file: CaFileOption = None,
 ) -> int:
-    """Show what is in a snapshot, proven on the way."""
+    """Show what is in a snapshot, proven on the way; or, with --plan, what would be in one."""
     from daemon.verify import read_manifest
 
     host: Host = context.obj
+    if plan:
+        return _show_plan(host, snap or agent)
+    if snap is None:
+        raise UsageError("show which snapshot?", hint="`agentkeep list` names them; --plan AGENT needs none")
     identities = read_identities(identity)
     with _located(host, snap, agent, identities, _flags(endpoint_url, region, ca_file)) as bundle:
         manifest = read_manifest(bundle, identities=identities)
@@ -350,6 +359,42 @@ def check(context: typer.Context) -> int:
 
 
 @app.command()
+def init(
+    context: typer.Context,
+    directories: Annotated[
+        list[Path] | None, typer.Argument(metavar="[DIR]...", help="Where to look, besides the usual places.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="A new file (mode 0600), not stdout.")
+    ] = None,
+    url: Annotated[str | None, typer.Option("--url", metavar="URL", help="Where bundles are to go.")] = None,
+) -> int:
+    """Find the agents on this host and write a configuration for them."""
+    from config.discovery import configuration_for, find_agents
+    from daemon.durable import create_private, sync, translating_os_errors
+
+    host: Host = context.obj
+    found = find_agents(directories or [])
+    if not found.agents:
+        raise AgentNotFound(
+            f"no agent found; looked at: {', '.join(found.looked_at)}",
+            hint="name the directories that agents live in: `agentkeep init DIR`; or README, five lines",
+        )
+    text = configuration_for(found.agents, path=out or Path("the configuration"), url=url)
+    if out is not None:
+        with translating_os_errors("write", out), create_private(out) as stream:
+            stream.write(text.encode())
+            sync(stream)
+    if host.as_json:
+        render.print_json(render.found_document(found, text, out))
+    elif out is None:
+        sys.stdout.write(text)
+    else:
+        render.print_found(found, out)
+    return ExitCode.OK
+
+
+@app.command()
 def keygen(
     context: typer.Context,
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where the identity goes (mode 0600).")],
@@ -396,6 +441,17 @@ def _located(host: Host, snap: str, agent: str | None, identities: Any, flags: d
         url_options=host.url_options(snap, flags),
         is_complete=is_complete,
     )
+
+
+def _show_plan(host: Host, agent: str | None) -> int:
+    from daemon.plan import plan_snapshot
+
+    plan = plan_snapshot(host.configuration.agent(agent))
+    if host.as_json:
+        render.print_json(render.plan_document(plan))
+    else:
+        render.print_plan(plan)
+    return ExitCode.PARTIAL if plan.failures else ExitCode.OK
 
 
 def _render_restored(host: Host, report: RestoreReport) -> None:

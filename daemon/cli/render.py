@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -15,10 +16,12 @@ from rich.table import Table
 from rich.text import Text
 
 from daemon.errors import AgentkeepError
-from daemon.model import Manifest, SnapshotRecord, UploadState, snapshot_time
+from daemon.model import Manifest, SnapshotRecord, UploadState, presentable, snapshot_time
 
 if TYPE_CHECKING:
+    from config.discovery import Discovery
     from daemon.check import Finding
+    from daemon.plan import Plan
     from daemon.restore import RestoreReport
 
 _MARKS = {"ok": "[green]ok[/]", "failed": "[red]failed[/]", "not checked": "[yellow]not checked[/]"}
@@ -192,6 +195,113 @@ def print_manifest(manifest: Manifest) -> None:
             artifact.sha256[:16],
         )
     console.print(table)
+
+
+def found_document(found: Discovery, text: str, path: Path | None) -> dict[str, Any]:
+    return {
+        "agents": [
+            {"agent_id": agent.agent_id, "profile": agent.profile, "root": str(agent.root)}
+            for agent in found.agents
+        ],
+        "looked_at": [presentable(place) for place in found.looked_at],
+        "config_file": None if path is None else str(path),
+        "configuration": text,
+    }
+
+
+def print_found(found: Discovery, path: Path) -> None:
+    console = stdout()
+    for agent in found.agents:
+        console.print(_text(f"{agent.agent_id}: {agent.profile} in {agent.root}"))
+    console.print(_text(f"written to {path}; next: agentkeep --config {path} check"))
+
+
+def plan_document(plan: Plan) -> dict[str, Any]:
+    spec = plan.spec
+
+    def entries(found: tuple[Any, ...]) -> list[dict[str, Any]]:
+        return [
+            {"path": presentable(entry.path), "kind": entry.kind, "size_bytes": entry.size_bytes}
+            for entry in found
+        ]
+
+    return {
+        "agent_id": spec.agent_id,
+        "tenant": spec.tenant,
+        "root": presentable(str(spec.root)),
+        "memdir": None if spec.memdir is None else presentable(spec.relative(spec.memdir)),
+        "git": plan.has_repository,
+        "size_bytes": plan.size_bytes,
+        "totals": {
+            kind: {"count": total.count, "size_bytes": total.size_bytes}
+            for kind, total in plan.totals.items()
+        },
+        "symlinks": plan.symlinks,
+        "databases": entries(plan.databases),
+        "biggest": entries(plan.biggest),
+        "states": [
+            {
+                "name": state.name,
+                "kind": state.kind,
+                "where": presentable(state.where),
+                "there": state.is_there,
+            }
+            for state in plan.states
+        ],
+        "emptied_tables": list(spec.secret_tables),
+        "left_out": [
+            {
+                "reason": left_out.reason,
+                "pattern": presentable(left_out.pattern),
+                "count": left_out.count,
+                "examples": [presentable(example) for example in left_out.examples],
+            }
+            for left_out in plan.left_out
+        ],
+        "failures": [failure.model_dump(mode="json") for failure in plan.failures],
+    }
+
+
+def print_plan(plan: Plan) -> None:
+    console = stdout()
+    spec = plan.spec
+    console.print(_text(f"agent {_agent_name(spec.tenant, spec.agent_id)} in {spec.root}"))
+    for label, value in _plan_rows(plan):
+        console.print(_text(f"  {label:<13}{value}"))
+    for entry in plan.databases:
+        console.print(_text(f"  database     {entry.path}, {human_bytes(entry.size_bytes)}"))
+    for state in plan.states:
+        there = "" if state.is_there else ", not there"
+        console.print(_text(f"  state value  {state.name}: {state.kind} of {state.where}{there}"))
+    for entry in plan.biggest:
+        console.print(_text(f"  biggest      {human_bytes(entry.size_bytes)} {entry.path} ({entry.kind})"))
+    for left_out in plan.left_out:
+        why = f"{left_out.count} x {left_out.pattern} ({left_out.reason})"
+        console.print(_text(f"  left out     {why}: {', '.join(left_out.examples)}"))
+    for failure in plan.failures[:_MOST_NAMES]:
+        console.print(Text("  would fail   ", style="red") + _text(f"{failure.source}: {failure.reason}"))
+        if failure.hint:
+            console.print(_text(f"           fix {failure.hint}"))
+    if len(plan.failures) > _MOST_NAMES:
+        console.print(f"  and {len(plan.failures) - _MOST_NAMES} more; --json names them all")
+
+
+def _plan_rows(plan: Plan) -> list[tuple[str, str]]:
+    spec = plan.spec
+    counted = [(f"{kind}s", total) for kind, total in plan.totals.items() if total.count]
+    rows = [(label, f"{total.count}, {human_bytes(total.size_bytes)}") for label, total in counted]
+    if spec.memdir is not None:
+        git = "git repository, all refs" if plan.has_repository else "no git repository"
+        rows.append(("memdir", f"{spec.relative(spec.memdir)} ({git})"))
+    if plan.symlinks:
+        rows.append(("symlinks", str(plan.symlinks)))
+    if spec.secret_tables:
+        rows.append(("emptied", f"tables {', '.join(spec.secret_tables)}"))
+    commands = (("before", spec.before), ("after", spec.after))
+    rows += [(when, " ".join(command)) for when, command in commands if command]
+    if spec.require_point_in_time:
+        rows.append(("one instant", "required: no snapshot rather than one that is per_source"))
+    return rows
 
 
 def print_levels(levels: list[tuple[str, str, str]]) -> None:

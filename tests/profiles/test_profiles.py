@@ -167,6 +167,7 @@ NOTES = [
     "keys.md",
     "how-credentials-work.md",
     "credentials-policy/first.md",
+    "credentials.py",
     "secret-santa.md",
     "secrets.md",
     "environment.md",
