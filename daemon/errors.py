@@ -16,6 +16,7 @@ AgentkeepError                1
 ├── StorageUnavailable       69   a destination cannot be reached or will not do it now
 ├── LocalWriteError          73   the local disk is full, read-only or forbidden
 ├── BusyError                75   another agentkeep holds the lock: try again
+├── NotOneInstant            75   the agent never held still, and no less will do: try again
 ├── RefusedError             77   allowed by nobody: policy, permission or safety says no
 └── ConfigError              78   the configuration cannot be used
 
@@ -107,6 +108,10 @@ class LocalWriteError(AgentkeepError):
 
 
 class BusyError(AgentkeepError):
+    exit_code = ExitCode.BUSY
+
+
+class NotOneInstant(AgentkeepError):
     exit_code = ExitCode.BUSY
 
 

@@ -1,23 +1,21 @@
-"""From held sources to the files of a snapshot: databases copied, git packed, raw bytes kept.
-
-What anybody could wait for comes first: pinned databases are copied and let go before anything else.
+"""From held sources to the files of a snapshot: state values read, databases copied, git packed, raw bytes
+kept. What anybody could wait for comes first: databases are copied and let go before anything else.
 """
 
 from __future__ import annotations
 
+import os
 import stat
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import monotonic
 from typing import BinaryIO
 
 from daemon.capture import state
-from daemon.capture.files import StagedFile, Staging, whole_lines_bytes
+from daemon.capture.copies import DatabaseCopies
+from daemon.capture.files import StagedFile, Staging, signatures, whole_lines_bytes
 from daemon.capture.git import RepositoryUnreadable
-from daemon.capture.sources import GIT, OpenSources, signatures
-from daemon.capture.sqlite import DatabaseUnreadable, LiveDatabase, PinExpired, check_copy
+from daemon.capture.sources import GIT, OpenSources
 from daemon.model import (
     AgentSpec,
     ArtifactKind,
@@ -32,15 +30,6 @@ from daemon.model import (
     encode_bytes,
     to_member_name,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class CollectOptions:
-    wal_pin_seconds: float = 30.0
-    """How long a pin is held at most: a checkpoint that truncates the WAL waits for it."""
-    rollback_pin_seconds: float = 1.0
-    """Without WAL a pin keeps the agent from committing."""
-    threads: int = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +60,8 @@ class Capture:
     memdir: str | None = None
     root_mode: int | None = None
     memdir_mode: int | None = None
+    fingerprint: str | None = None
+    """Equal to what `fingerprint_now` gives later: nothing has changed since. None: that cannot be told."""
     git: GitFacts | None = None
     schema_versions: dict[str, int] = field(default_factory=dict)
     states: dict[str, StateHome] = field(default_factory=dict)
@@ -86,42 +77,51 @@ class Capture:
         return sum(artifact.size_bytes for artifact in self.artifacts)
 
 
-def collect(sources: OpenSources, capture: Capture, *, scratch: Path, options: CollectOptions) -> None:
+def collect(
+    sources: OpenSources,
+    copies: DatabaseCopies,
+    capture: Capture,
+    *,
+    scratch: Path,
+    held_since: float,
+    let_go: Callable[[], None],
+) -> None:
     """Fill `capture` from sources that are held at one instant; they are released on the way.
 
-    Raises OSError (our own side: scratch is full).
+    held_since: when they were pinned, of the monotonic clock; let_go: called as soon as the agent may do
+    what it likes. Raises OSError (our own side: scratch is full).
     """
-    _Collector(sources, capture, scratch, options).run()
+    _Collector(sources, copies, capture, scratch).run(held_since=held_since, let_go=let_go)
 
 
 class _Collector:
-    def __init__(
-        self,
-        sources: OpenSources,
-        capture: Capture,
-        scratch: Path,
-        options: CollectOptions,
-    ) -> None:
+    def __init__(self, sources: OpenSources, copies: DatabaseCopies, capture: Capture, scratch: Path) -> None:
         self._sources = sources
+        self._copies = copies
         self._spec = sources.spec
         self._scan = sources.scan
         self._capture = capture
         self._scratch = scratch
-        self._options = options
         self._memdir = self._spec.relative(self._spec.memdir) if self._spec.memdir else None
 
-    def run(self) -> None:
+    def run(self, *, held_since: float, let_go: Callable[[], None]) -> None:
         for source in self._spec.states:
             self._collect_state(source)
-        self._collect_databases()
+        self._copies.copy_pinned(self._sources.wanted(), held_since=held_since)
         self._sources.release()
+        self._copies.copy_rest(self._sources.wanted())
+        fingerprint = self._sources.fingerprint_held()
+        let_go()
+        self._collect_databases()
         self._collect_git()
         self._collect_files()
         self._collect_failures()
+        if self._capture.is_complete and self._capture.consistency.level == "point_in_time":
+            self._capture.fingerprint = fingerprint
         self._capture.memdir = self._memdir
         self._capture.root_mode = _mode_of(self._spec.root)
         self._capture.memdir_mode = _mode_of(self._spec.memdir)
-        self._capture.excluded = self._scan.exclusions()
+        self._capture.excluded = (*self._scan.exclusions(), *self._emptied_tables())
 
     def _room(self, name: str) -> Path:
         room = self._scratch / name
@@ -141,56 +141,32 @@ class _Collector:
     # --- databases --------------------------------------------------------------------------------
 
     def _collect_databases(self) -> None:
-        """Copy all databases. One with a rollback journal goes first: its pin is dearest."""
-        order = sorted(
-            ((p, db) for p, db in self._sources.databases.items() if p in self._scan.databases),
-            key=lambda item: (item[1].is_wal, item[0]),
+        for path, exc in self._copies.failures.items():
+            self._sources.fail_database(path, exc)
+        self._note_moved(self._copies.moved)
+        for path, copy in sorted(self._copies.done.items()):
+            name = f"sqlite/{to_member_name(path)}"
+            signature = self._scan.databases[path]
+            self._capture.schema_versions[name] = self._sources.databases[path].user_version
+            self._add(name, ArtifactKind.SQLITE, copy.file, staged=StagedFile(copy.file, signature, 0))
+
+    def _emptied_tables(self) -> tuple[Excluded, ...]:
+        return tuple(
+            Excluded(reason="rows of a table that holds secrets", pattern=f"{path}: {table}", count=rows)
+            for path, copy in sorted(self._copies.done.items())
+            for table, rows in copy.emptied.items()
         )
-        room = self._room("sqlite")
-        held_since = monotonic()
-        with ThreadPoolExecutor(self._options.threads) as pool:
-            copies = [
-                (path, database, target, pool.submit(self._copy_database, database, target, held_since))
-                for number, (path, database) in enumerate(order)
-                for target in [room / f"{number:06d}"]
-            ]
-            for path, database, target, copying in copies:
-                try:
-                    if not copying.result():
-                        self._note_moved(path)
-                except DatabaseUnreadable as exc:
-                    self._sources.fail_database(path, exc)
-                    continue
-                name = f"sqlite/{to_member_name(path)}"
-                signature = self._scan.databases[path]
-                self._capture.schema_versions[name] = database.user_version
-                self._add(name, ArtifactKind.SQLITE, target, staged=StagedFile(target, signature, 0))
 
-    def _copy_database(self, database: LiveDatabase, target: Path, held_since: float) -> bool:
-        """Copy and prove one database; whether the copy is the pinned state. Raises DatabaseUnreadable."""
-        options = self._options
-        allowed_seconds = options.wal_pin_seconds if database.is_wal else options.rollback_pin_seconds
-        as_pinned = database.is_pinned
-        if as_pinned:
-            try:
-                database.copy_to(target, deadline=held_since + allowed_seconds)
-            except PinExpired:
-                target.unlink()
-                as_pinned = False
-        database.release()
-        if not as_pinned:
-            database.copy_unpinned(target)
-        check_copy(target)
-        return as_pinned
-
-    def _note_moved(self, path: str) -> None:
-        """One source is of another moment than the rest."""
+    def _note_moved(self, moved: set[str]) -> None:
+        """Sources that are of another moment than the rest."""
+        if not moved:
+            return
         held = self._capture.consistency
         self._capture.consistency = Consistency(
             level="per_source",
             window_ms=held.window_ms,
             attempts=held.attempts,
-            moved=tuple(sorted({*held.moved, path})),
+            moved=tuple(sorted({*held.moved, *moved})),
         )
 
     # --- git, files, state ------------------------------------------------------------------------
@@ -235,16 +211,17 @@ class _Collector:
         return f"files/{to_member_name(path)}", ArtifactKind.FILE
 
     def _collect_state(self, source: StateSource) -> None:
-        """A state value, from its staged copy or through the pinned connection."""
+        """A state value: its staged copy, the rows that a pinned connection sees, what a command printed."""
         home = source.file or source.sqlite
-        assert home is not None
-        path = to_member_name(self._sources.path_of(home))
-        self._capture.states[source.name] = StateHome(kind="file" if source.file else "rows", path=path)
+        staged = self._sources.staging.files.get(self._sources.path_of(source.file)) if source.file else None
+        if source.optional and home is not None and not os.path.lexists(home):
+            return
+        self._capture.states[source.name] = self._home_of(source)
         try:
-            data = self._state_bytes(source)
+            data = self._state_bytes(source, staged)
         except state.StateUnreadable as exc:
             failure = Failure(
-                source=f"state {source.name} ({home})",
+                source=f"state {source.name} ({home or source.command[0]})",
                 reason=str(exc),
                 hint="mend the value, or its entry under `state` in the configuration",
             )
@@ -252,22 +229,32 @@ class _Collector:
             return
         copy = self._room("state") / f"{source.name}.json"
         copy.write_bytes(data)
-        staged = self._sources.staging.files.get(self._sources.path_of(source.file)) if source.file else None
         self._add(f"state/{source.name}.json", ArtifactKind.STATE, copy, staged=staged)
 
-    def _state_bytes(self, source: StateSource) -> bytes:
+    def _home_of(self, source: StateSource) -> StateHome:
         if source.file is not None:
-            staged = self._sources.staging.files.get(self._sources.path_of(source.file))
+            return StateHome(kind="file", path=to_member_name(self._sources.path_of(source.file)))
+        if source.sqlite is not None:
+            return StateHome(kind="rows", path=to_member_name(self._sources.path_of(source.sqlite)))
+        return StateHome(kind="command", path=to_member_name(source.command[0]))
+
+    def _state_bytes(self, source: StateSource, staged: StagedFile | None) -> bytes:
+        """Raises StateUnreadable."""
+        if source.file is not None:
             if staged is None:
                 raise state.StateUnreadable("is not there, or cannot be read")
             with staged.copy.open("rb") as stream:
                 return state.check_json(stream.read(state.MAX_STATE_BYTES + 1))
-        assert source.sqlite is not None
-        assert source.query is not None
-        database = self._sources.databases.get(self._sources.path_of(source.sqlite))
-        if database is None:
-            raise state.StateUnreadable("its database cannot be opened")
-        return state.query_rows(database.connection(), source.query, agent_id=self._spec.agent_id)
+        if source.sqlite is not None:
+            assert source.query is not None
+            database = self._sources.databases.get(self._sources.path_of(source.sqlite))
+            if database is None:
+                raise state.StateUnreadable("its database cannot be opened")
+            return state.query_rows(database.connection(), source.query, agent_id=self._spec.agent_id)
+        printed = self._sources.command_values[source.name]
+        if isinstance(printed, state.StateUnreadable):
+            raise printed
+        return printed
 
     # --- what could not be captured ---------------------------------------------------------------
 
@@ -279,7 +266,7 @@ class _Collector:
                 self._fail(failure, [path, f"{path}-wal", f"{path}-journal"])
             elif path == GIT:
                 self._fail(failure, list(self._git_files()))
-            elif path in self._scan.suspects:
+            elif path in self._scan.suspects or path in self._scan.files:
                 self._fail(failure, [path])
             else:
                 self._fail(failure, [])

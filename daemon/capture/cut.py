@@ -1,19 +1,23 @@
 """The cut: everything an agent consists of, as of one instant, and an honest record of how far that holds.
 
+    run `before`                  the agent's own way to hold still, if it has one
     find sources, stage files     slow, ahead, repeated only for what moved
     ── window opens ──────────    milliseconds
-    read everything *before*      data_version of each database, refs and HEAD, signatures of hot files
+    read everything *before*      data_version of each database, refs and HEAD, hot files
     pin every database            BEGIN and a read: their state is ours from here
+    read the lengths of logs      twice: equal ones are those of one instant
     read everything *after*
     ── window closes ─────────
+    copy what keeps its writer    databases without WAL
     look at all files once more   each has to be as it was staged
     copy what is pinned, let go
+    run `after`
 
 Every before-reading precedes every after-reading (a file that is not hot was first read when it was
-staged, and last after the window). So if all are equal, nothing moved between the last of the former and
-the first of the latter, and that instant is the cut. If something moved, or changed so shortly before its
-reading that a second change could hide in the same clock tick, everything is let go and tried again, a
-few times; then the last attempt is kept as `per_source` and says what moved.
+staged, and last after the window), and the instant of the logs' lengths lies between them. So if all are
+equal, nothing but the logs moved meanwhile, and that instant is the cut. If something moved, or changed so
+shortly before its reading that a second change could hide in the same clock tick, everything is let go and
+tried again, a few times; then the last attempt is kept as `per_source` and says what moved.
 
 Crash model: nothing here outlives the process but files in the caller's scratch directory.
 """
@@ -21,15 +25,18 @@ Crash model: nothing here outlives the process but files in the caller's scratch
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import random
 import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from daemon.capture.collect import Capture, CollectOptions, collect
+from daemon.capture.collect import Capture, collect
+from daemon.capture.copies import CopyOptions, DatabaseCopies
+from daemon.capture.freeze import Frozen
 from daemon.capture.sources import OpenSources
-from daemon.errors import AgentNotFound
+from daemon.errors import AgentNotFound, NotOneInstant
 from daemon.model import AgentSpec, Consistency
 
 
@@ -37,15 +44,15 @@ from daemon.model import AgentSpec, Consistency
 class CutOptions:
     attempts: int = 8
     backoff_seconds: float = 0.02
-    collect: CollectOptions = dataclasses.field(default_factory=CollectOptions)
+    copies: CopyOptions = dataclasses.field(default_factory=CopyOptions)
 
 
 def take_cut(spec: AgentSpec, scratch: Path, *, options: CutOptions | None = None) -> Capture:
     """Capture an agent into `scratch`, an empty private directory.
 
-    Raises AgentNotFound (nothing where the agent should live) and OSError (our own side: scratch is
-    full). Whatever cannot be captured is in the result's `failures`, its raw bytes among the artifacts
-    where they can be read.
+    Raises AgentNotFound (nothing where the agent should live), NotOneInstant (and `spec` wants no less),
+    RefusedError (larger than `spec` allows) and OSError (our own side: scratch is full). Whatever cannot be
+    captured is in the result's `failures`, its raw bytes among the artifacts where they can be read.
     """
     if not os.path.isdir(spec.root):  # noqa: PTH112  that of a Path raises where this user may not look
         raise AgentNotFound(
@@ -54,19 +61,38 @@ def take_cut(spec: AgentSpec, scratch: Path, *, options: CutOptions | None = Non
         )
     options = options or CutOptions()
     spec = with_memdir(spec)
-    staged = scratch / "staged"
-    staged.mkdir()
+    staged, copied = scratch / "staged", scratch / "sqlite"
+    for directory in (staged, copied):
+        directory.mkdir()
+    copy_options = dataclasses.replace(options.copies, secret_tables=spec.secret_tables)
     with ExitStack() as stack:
+        frozen = stack.enter_context(Frozen(spec))
         sources = OpenSources(spec, staged, stack)
-        consistency, created_at_ms = _hold_one_instant(sources, options)
-        capture = Capture(spec=spec, created_at_ms=created_at_ms, consistency=consistency)
-        collect(sources, capture, scratch=scratch, options=options.collect)
+        copies = DatabaseCopies(copied, copy_options)
+        held = _hold_one_instant(sources, copies, options)
+        capture = Capture(spec=spec, created_at_ms=held.created_at_ms, consistency=held.consistency)
+        collect(sources, copies, capture, scratch=scratch, held_since=held.since, let_go=frozen.thaw)
+    capture.failures += frozen.failures
     if not (capture.artifacts or capture.git or capture.symlinks or capture.failures):
         raise AgentNotFound(
             f"agent {spec.agent_id!r} is not there: nothing of it is in {spec.root}",
             hint="is its file system mounted? An empty snapshot would pass for the newest good one",
         )
+    if spec.require_point_in_time and capture.consistency.level != "point_in_time":
+        raise NotOneInstant(
+            f"agent {spec.agent_id!r} never held still: {', '.join(capture.consistency.moved[:5])} moved in"
+            f" each of {capture.consistency.attempts} attempts, and point_in_time is required",
+            hint="try again when it is less busy, let `before` and `after` hold it still, or do without"
+            " `require_point_in_time`",
+        )
     return capture
+
+
+def fingerprint_now(spec: AgentSpec, scratch: Path) -> str | None:
+    """What a capture's fingerprint is compared with: that of the agent as it is now, or None if there is
+    none. `scratch` is an empty private directory. Milliseconds, however large the agent is."""
+    with ExitStack() as stack:
+        return OpenSources(with_memdir(spec), scratch, stack).fingerprint_now()
 
 
 def with_memdir(spec: AgentSpec) -> AgentSpec:
@@ -93,39 +119,65 @@ def _is_beyond_a_link(root: Path, path: Path) -> bool:
     return root.resolve() / path.relative_to(root) != path.resolve()
 
 
-def _hold_one_instant(sources: OpenSources, options: CutOptions) -> tuple[Consistency, int]:
-    """Pin all databases at a moment at which nothing moved, or as near to it as the attempts allow; how
-    far that went, and that moment in milliseconds since 1970."""
-    for attempt in range(1, options.attempts + 1):
-        if attempt > 1:
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Held:
+    """All databases are pinned (or copied), as of an instant, or as near to one as the attempts allowed.
+
+    since: when the window opened, of the monotonic clock
+    """
+
+    consistency: Consistency
+    created_at_ms: int
+    since: float
+
+
+def _hold_one_instant(sources: OpenSources, copies: DatabaseCopies, options: CutOptions) -> _Held:
+    for number in range(1, options.attempts + 1):
+        if number > 1:
             sources.release()
-            _pause(options.backoff_seconds, attempt)
-        window_ms, created_at_ms, moved = _attempt(sources)
-        if not moved:
+            copies.discard()
+            _pause(options.backoff_seconds, number)
+        attempt = _attempt(sources, copies, is_last=number == options.attempts)
+        if not attempt.moved:
             break
+    moved = attempt.moved | sources.unprovable
+    sources.settle(moved)
     consistency = Consistency(
         level="per_source" if moved else "point_in_time",
-        window_ms=window_ms,
-        attempts=attempt,
+        window_ms=attempt.window_ms,
+        attempts=number,
         moved=tuple(sorted(moved)),
     )
-    return consistency, created_at_ms
+    return _Held(consistency, attempt.created_at_ms, attempt.since)
 
 
-def _attempt(sources: OpenSources) -> tuple[int, int, set[str]]:
-    """One try: the window's length, when it was (both in ms), and what moved (nothing: this is the cut)."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Attempt:
+    """moved: nothing means that this is the cut"""
+
+    since: float
+    window_ms: int
+    created_at_ms: int
+    moved: set[str]
+
+
+def _attempt(sources: OpenSources, copies: DatabaseCopies, *, is_last: bool) -> _Attempt:
+    """One try. What comes after the window is left out if there will be another anyway."""
     moved = sources.prepare()
     sources.catch_up()
-    opened_ns = time.monotonic_ns()
+    since = time.monotonic()
     before = sources.read()
     created_at_ms = time.time_ns() // 1_000_000
     moved |= sources.pin()
+    logs, unsteady = sources.read_logs()
     after = sources.read()
-    window_ms = -((opened_ns - time.monotonic_ns()) // 1_000_000)  # rounded up
-    moved |= before.differences(after)
-    moved |= sources.not_as_staged(before)
-    moved |= sources.moved_since_staged()
-    return window_ms, created_at_ms, moved
+    window_ms = math.ceil((time.monotonic() - since) * 1000)
+    moved |= unsteady | before.differences(after)
+    if is_last or not moved:
+        copies.copy_pinned(sources.waited_for(), held_since=since)
+        moved |= sources.keep(before, logs)
+        moved |= sources.moved_since_staged()
+    return _Attempt(since, window_ms, created_at_ms, moved)
 
 
 def _pause(backoff_seconds: float, attempt: int) -> None:

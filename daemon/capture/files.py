@@ -1,8 +1,9 @@
-"""Staging: private copies of plain files, each provably the bytes of one signature.
+"""Staging: private copies of plain files, each provably the bytes that the file had at one instant.
 
 Copies are made ahead of the cut's window, which is the slow part; `refresh` then brings only what moved
-up to date. A log that only grew has only its new tail copied. Nothing is written outside the scratch
-directory, and no access time is moved.
+up to date. A log that only grew has only its new tail copied. What is written to all the time cannot be
+proven by its signature: it is read until two readings in a row are equal (`settle`). Nothing is written
+outside the scratch directory, and no access time is moved.
 
 Must not: open a SQLite database (scan.py says why).
 """
@@ -12,9 +13,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +31,10 @@ _COMPARED_BYTES = 64 << 10
 _LIVE_LOG_NS = 600_000_000_000
 _MAX_LINE_BYTES = 16 << 20
 _FICLONE = 0x40049409  # linux/fs.h; not in fcntl
+_SETTLE_SECONDS = 2.5
+_SETTLE_PAUSE_SECONDS = 0.002
+_MAX_JSON_BYTES = 16 << 20
+_BEING_REWRITTEN_NS = 2_000_000_000
 _OUR_SIDE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE)
 _TICK_NS = 12_000_000
 _COARSE_TICK_NS = 2_100_000_000
@@ -35,9 +42,12 @@ _COARSE_TICK_NS = 2_100_000_000
 
 @dataclass(slots=True)
 class StagedFile:
+    """is_proven: the bytes were read twice, equal, around the reading of the signature"""
+
     copy: Path
     signature: Signature
     staged_at_ns: int
+    is_proven: bool = False
 
 
 class Staging:
@@ -57,7 +67,7 @@ class Staging:
         for what goes wrong on our own side (no space in scratch); what cannot be read is in `failures`.
         """
         for path in [path for path in self.files if path not in wanted]:
-            self.files.pop(path).copy.unlink()
+            self._drop(path)
         for path in [path for path in self.failures if path not in wanted]:
             del self.failures[path]
         self.update(wanted)
@@ -89,8 +99,92 @@ class Staging:
         return (
             staged is not None
             and staged.signature == signature
-            and not is_fresh(path, signature, read_at_ns=staged.staged_at_ns)
+            and (staged.is_proven or not is_fresh(path, signature, read_at_ns=staged.staged_at_ns))
         )
+
+    def put(self, path: str, signature: Signature, content: bytes) -> None:
+        """Keep what was read of a small file, twice and equal, as its copy. Raises OSError (no space)."""
+        if self.is_current(path, signature):
+            return
+        self._serial += 1
+        copy = self._directory / f"{self._serial:08d}"
+        copy.write_bytes(content)
+        self._keep(path, StagedFile(copy, signature, time.time_ns(), is_proven=True))
+
+    def cut_log(self, path: str, signature: Signature) -> bool:
+        """Make the copy of a log that grows what it was when it had this signature: its first bytes, all of
+        which are still there. False if it is another file by now, shorter, or rewritten.
+        """
+        staged = self.files.get(path)
+        if staged is None or staged.signature.identity != signature.identity:
+            return False
+        if staged.signature.size_bytes == signature.size_bytes:
+            return staged.signature == signature
+        try:
+            with open_quietly(self._root / path) as source:
+                now = Signature.of(os.fstat(source))
+                if now.size_bytes < signature.size_bytes or not _only_grew(path, staged, signature, source):
+                    return False
+                with staged.copy.open("r+b") as stream:
+                    grown = (staged.signature.size_bytes, signature.size_bytes)
+                    is_whole = _copy(source, stream.fileno(), offset=grown[0], end=grown[1])
+        except OSError as exc:
+            if exc.errno in _OUR_SIDE:
+                raise
+            return False
+        self.files[path] = StagedFile(staged.copy, signature, staged.staged_at_ns)
+        return is_whole
+
+    def settle(self, paths: Iterable[str]) -> None:
+        """Give files that never held still for their signature a copy that is one state all the same: two
+        readings in a row are equal. What does not come to that is in `failures`, and its copy is dropped.
+        """
+        for path in paths:
+            deadline = time.monotonic() + _SETTLE_SECONDS
+            previous, digest = None, self._restage(path)
+            while digest is not None and (digest != previous or self.is_half_written(path)):
+                if time.monotonic() > deadline:
+                    if digest != previous:
+                        self._give_up(path)
+                    break
+                time.sleep(_SETTLE_PAUSE_SECONDS)
+                previous, digest = digest, self._restage(path)
+
+    def _give_up(self, path: str) -> None:
+        self._drop(path)
+        self.failures[path] = Failure(
+            source=str(self._root / path),
+            reason=f"rewritten so steadily that no whole copy was had in {_SETTLE_SECONDS:.0f} s",
+            hint="hold the agent still with `before` and `after` commands, or exclude the file",
+        )
+
+    def _restage(self, path: str) -> str | None:
+        """Copy a file anew, whatever its signature; a digest of the copy, or None if there is none."""
+        self._drop(path)
+        self.update(signatures(self._root, [path]))
+        staged = self.files.get(path)
+        if staged is None:
+            return None
+        with staged.copy.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+
+    def is_half_written(self, path: str) -> bool:
+        """Whether a JSON file that was written to just now does not parse: its writer is not done."""
+        staged = self.files.get(path)
+        if staged is None or not path.endswith(".json"):
+            return False
+        is_young = staged.signature.ctime_ns > staged.staged_at_ns - _BEING_REWRITTEN_NS
+        if not is_young or staged.signature.size_bytes > _MAX_JSON_BYTES:
+            return False
+        return not _is_json(staged.copy.read_bytes())
+
+    def _keep(self, path: str, staged: StagedFile) -> None:
+        self._drop(path)
+        self.files[path] = staged
+
+    def _drop(self, path: str) -> None:
+        if (staged := self.files.pop(path, None)) is not None:
+            staged.copy.unlink()
 
     def _stage(self, path: str, source: int) -> None:
         started_ns = time.time_ns()
@@ -103,11 +197,11 @@ class Staging:
             target, offset = self._directory / f"{self._serial:08d}", 0
         with target.open("r+b" if offset else "wb") as stream:
             is_whole = _copy(source, stream.fileno(), offset=offset, end=before.size_bytes)
-        if staged is not None and staged.copy != target:
-            staged.copy.unlink()
-        self.files[path] = StagedFile(target, before, started_ns)
+        if staged is not None and staged.copy == target:
+            del self.files[path]
+        self._keep(path, StagedFile(target, before, started_ns))
         if not is_whole:  # truncated under us: nothing may be built on this copy
-            self.files.pop(path).copy.unlink()
+            self._drop(path)
 
 
 def is_append_only(path: str) -> bool:
@@ -135,7 +229,7 @@ def _only_grew(path: str, staged: StagedFile, now: Signature, source: int) -> bo
     old_bytes = staged.signature.size_bytes
     if not is_append_only(path) or staged.signature.identity != now.identity:
         return False
-    if not 0 < old_bytes < now.size_bytes:
+    if old_bytes >= now.size_bytes:
         return False
     with staged.copy.open("rb") as copy:
         return all(
@@ -146,28 +240,44 @@ def _only_grew(path: str, staged: StagedFile, now: Signature, source: int) -> bo
 
 
 def _copy(source: int, target: int, *, offset: int, end: int) -> bool:
-    """Copy bytes [offset, end), by reflink where the file system can, else by reading; whether all of them
-    were there."""
+    """Copy bytes [offset, end), by reflink where the file system can, else by reading, holes left as holes;
+    whether all of them were there."""
     if offset == 0 and end:
         with contextlib.suppress(OSError):  # not supported here: the ordinary way follows
             fcntl.ioctl(target, _FICLONE, source)
             is_whole = os.fstat(target).st_size >= end
             os.ftruncate(target, end)
             return is_whole
-    os.lseek(target, offset, os.SEEK_SET)
+    for start, stop in _extents(source, offset, end):
+        while start < stop:
+            chunk = os.pread(source, min(_COPY_BYTES, stop - start), start)
+            if not chunk:
+                return False
+            start += _write_at(target, chunk, start)
+    is_whole = os.fstat(source).st_size >= end
+    os.ftruncate(target, end)
+    return is_whole
+
+
+def _extents(source: int, offset: int, end: int) -> Iterator[tuple[int, int]]:
+    """What of [offset, end) is data and no hole, as far as the file system tells (lseek(2), SEEK_DATA)."""
     while offset < end:
-        chunk = os.pread(source, min(_COPY_BYTES, end - offset), offset)
-        if not chunk:
-            return False
-        _write_all(target, chunk)
-        offset += len(chunk)
-    return True
+        try:
+            start = os.lseek(source, offset, os.SEEK_DATA)
+        except OSError as exc:
+            if exc.errno == errno.ENXIO:  # nothing but a hole from here
+                return
+            raise
+        offset = os.lseek(source, start, os.SEEK_HOLE)
+        yield start, min(offset, end)
 
 
-def _write_all(descriptor: int, data: bytes) -> None:
+def _write_at(descriptor: int, data: bytes, offset: int) -> int:
     view = memoryview(data)
     while view:
-        view = view[os.write(descriptor, view) :]
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
+    return len(data)
 
 
 def whole_lines_bytes(path: str, staged: StagedFile) -> int:
@@ -197,3 +307,14 @@ def _is_json(data: bytes) -> bool:
     except (ValueError, RecursionError):
         return False
     return True
+
+
+def signatures(root: Path, paths: Iterable[str]) -> dict[str, Signature]:
+    """What stat says of each path that is there."""
+    found = {}
+    for path in paths:
+        try:
+            found[path] = Signature.of((root / path).lstat())
+        except OSError:
+            continue  # not there, or not for us: what is missing is named by its failure
+    return found

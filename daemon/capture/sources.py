@@ -1,35 +1,53 @@
 """An agent's sources, opened for one cut: databases probed and pinned, repository, staged files.
 
-Two kinds of reading prove that nothing moved. A `Moment` is quick and taken on both sides of the pins:
-databases, refs, and the files that are being written to these days (the hot ones). The many others were
-read when they were staged, and once more after the window (`moved_since_staged`): a longer interval
-proves just as much of a file that nobody touches, and keeps the window at a few milliseconds however
-many files there are.
+Three kinds of reading prove that nothing moved. A `Moment` is quick and taken on both sides of the pins:
+databases, refs, and the files that are being written to these days (the hot ones), small ones with their
+content. The lengths of logs are read between the two moments, twice within microseconds: a log that only
+grows is known exactly, however often it does. The many other files were read when they were staged, and
+once more after the window (`moved_since_staged`): a longer interval proves just as much of a file that
+nobody touches, and keeps the window at a few milliseconds however many files there are.
 
 Everything opened here is closed by the caller's ExitStack.
 """
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from heapq import nlargest
 from pathlib import Path
 
-from daemon.capture.files import Staging
+from daemon.capture import state
+from daemon.capture.files import Staging, is_append_only, is_fresh, signatures
+from daemon.capture.fingerprint import database_signatures, fingerprint
 from daemon.capture.git import LiveRepository, RepositoryUnreadable
-from daemon.capture.scan import Scan, Scanner, Signature, spec_path
-from daemon.capture.sqlite import DatabaseUnreadable, LiveDatabase
+from daemon.capture.mapped import mapped_for_writing
+from daemon.capture.scan import Scan, Scanner, Signature, open_quietly, spec_path
+from daemon.capture.sqlite import DatabaseUnreadable, PinnedDatabase, open_database
+from daemon.errors import RefusedError
 from daemon.model import AgentSpec, Failure, GitFacts
 
 _HOT_NS = 60_000_000_000
 _MOST_HOT_FILES = 100
+_BURNING_NS = 2_000_000_000
+_MOST_BURNING_FILES = 16
+_BURNING_BYTES = 64 << 10
+_LOG_PASSES = 20
 
 GIT = ".git"
 """Under this name the repository's failures and movements are kept, beside paths of files."""
+
+
+@dataclass(frozen=True, slots=True)
+class HotFile:
+    """content: of a small file that was written to seconds ago; else None"""
+
+    signature: Signature
+    content: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,18 +56,21 @@ class Moment:
 
     databases: dict[str, tuple[object, ...]]
     git: GitFacts | None
-    hot_files: dict[str, Signature]
+    hot_files: dict[str, HotFile]
     unread: frozenset[str]
     """Databases that could not be read just then: busy, or gone."""
 
     def differences(self, other: Moment) -> set[str]:
         """Names of the sources that are not provably the same in both."""
         moved = set(self.unread | other.unread)
-        moved |= {path for path, _ in self.databases.items() ^ other.databases.items()}
-        moved |= {path for path, _ in self.hot_files.items() ^ other.hot_files.items()}
+        moved |= _unequal(self.databases, other.databases) | _unequal(self.hot_files, other.hot_files)
         if self.git != other.git:
             moved.add(GIT)
         return moved
+
+
+def _unequal(some: Mapping[str, object], others: Mapping[str, object]) -> set[str]:
+    return {key for key in some.keys() | others.keys() if some.get(key) != others.get(key)}
 
 
 class OpenSources:
@@ -57,36 +78,46 @@ class OpenSources:
 
     def __init__(self, spec: AgentSpec, scratch: Path, stack: ExitStack) -> None:
         self.spec = spec
+        self._scratch = scratch
         self.staging = Staging(spec.root, scratch)
-        self.databases: dict[str, LiveDatabase] = {}
+        self.databases: dict[str, PinnedDatabase] = {}
         self.failures: dict[str, Failure] = {}
         self._stack = stack
         self.scan = Scan()
         """What was found last."""
         self.git: GitFacts | None = None
         """The refs as they were read last."""
+        self.command_values: dict[str, bytes | state.StateUnreadable] = {}
+        """What the commands of state values printed last, by name."""
+        self.unprovable: set[str] = set()
+        """Files that some process has mapped to write to."""
         self._scanner = Scanner(spec)
         self._seen: set[str] = set()
         self._hot: set[str] = set()
+        self._burning: set[str] = set()
+        self._hot_logs: list[str] = []
+        self._held = Moment({}, None, {}, frozenset())
         self.repository = self._open_repository()
 
     def prepare(self) -> set[str]:
         """Open what is new and stage what changed; the names of databases that could not be opened yet.
 
         The slow part. Staging takes its time, so what moved meanwhile is brought up to date, and what was
-        written to lately is looked at again within the window.
+        written to lately is looked at again within the window. Raises RefusedError (larger than allowed).
         """
         self.scan = self._scanner.scan()
+        self._check_size()
         unready = self._open_databases(self.scan)
         self._stage()
+        self.command_values = self._run_commands(known=self.command_values)
         self.scan = self._scanner.scan()
         self._stage()
-        self._hot = self._written_lately()
+        self._choose_hot()
         return unready
 
     def catch_up(self) -> None:
         """Bring the copies of hot files up to date: the last thing before the window."""
-        self.staging.update(signatures(self.spec.root, self._hot))
+        self.staging.update(signatures(self.spec.root, [*self._hot, *self._hot_logs]))
 
     def read(self) -> Moment:
         unread: set[str] = set()
@@ -97,28 +128,77 @@ class OpenSources:
             except (sqlite3.Error, OSError):
                 unread.add(path)
         self.git = self._read_repository()
-        return Moment(versions, self.git, signatures(self.spec.root, self._hot), frozenset(unread))
+        self._held = Moment(versions, self.git, self._read_hot_files(), frozenset(unread))
+        return self._held
 
-    def not_as_staged(self, moment: Moment) -> set[str]:
-        """Hot files whose copy is not provably what the moment saw."""
-        return {
-            path
-            for path, signature in moment.hot_files.items()
-            if not self.staging.is_current(path, signature) and path not in self.staging.failures
+    def _read_hot_files(self) -> dict[str, HotFile]:
+        found = {
+            path: HotFile(signature)
+            for path, signature in signatures(self.spec.root, self._hot - self._burning).items()
         }
+        for path in self._burning:
+            try:
+                with open_quietly(self.spec.root / path) as descriptor:
+                    content = os.pread(descriptor, _BURNING_BYTES + 1, 0)
+                    found[path] = HotFile(Signature.of(os.fstat(descriptor)), content)
+            except OSError:
+                continue  # gone, or not for us: the readings differ, or staging has named it
+        return found
+
+    def read_logs(self) -> tuple[dict[str, Signature], set[str]]:
+        """The signatures of all hot logs at one instant between the pins and now, and the names of those
+        for which there was none: two passes in a row that are equal, microseconds apart, show one.
+        """
+        now = signatures(self.spec.root, self._hot_logs)
+        moved: set[str] = set()
+        for _ in range(_LOG_PASSES):
+            before, now = now, signatures(self.spec.root, self._hot_logs)
+            moved = _unequal(before, now)
+            if not moved:
+                break
+        return now, moved | (set(self._hot_logs) - now.keys())
+
+    def keep(self, moment: Moment, logs: dict[str, Signature]) -> set[str]:
+        """Make the copies of hot files and logs what they were in the window; the names of those for which
+        that cannot be shown, or that their writer had not finished. Raises OSError (no space)."""
+        moved = {path for path, signature in logs.items() if not self._cut_log(path, signature)}
+        for path, hot in moment.hot_files.items():
+            if hot.content is not None and len(hot.content) == hot.signature.size_bytes:
+                self.staging.put(path, hot.signature, hot.content)
+            if path in self.staging.failures:
+                continue
+            if not self.staging.is_current(path, hot.signature) or self.staging.is_half_written(path):
+                moved.add(path)
+        return moved
+
+    def _cut_log(self, path: str, signature: Signature) -> bool:
+        return path in self.staging.failures or self.staging.cut_log(path, signature)
 
     def moved_since_staged(self) -> set[str]:
         """Look at everything once more, after the window: what is there and is not as it was staged, what
         came and what went. Hot files have been judged by the moments. Updates `scan`."""
         before, self.scan = self.scan, self._scanner.scan()
         now = {**self.scan.files, **self._state_files()}
-        moved = {path for path, signature in now.items() if not self.staging.is_current(path, signature)}
-        moved -= self._hot | self.staging.failures.keys()
+        judged = self._hot | set(self._hot_logs) | self.staging.failures.keys()
+        moved = {
+            path
+            for path, signature in now.items()
+            if path not in judged and not self.staging.is_current(path, signature)
+        }
         moved |= before.files.keys() - self.scan.files.keys()
         moved |= before.databases.keys() ^ self.scan.databases.keys()
         moved |= self._unopened()
-        moved |= {path for path, _ in before.symlinks.items() ^ self.scan.symlinks.items()}
-        return moved
+        moved |= _unequal(before.symlinks, self.scan.symlinks)
+        return moved | self._changed_values()
+
+    def settle(self, moved: set[str]) -> None:
+        """Before files that moved are kept all the same: see that each copy is one state of its file.
+        Raises OSError (no space)."""
+        there = self.scan.files.keys() | self._state_files().keys()
+        moved_files = (moved | self.unprovable) & there
+        logs = {path for path in moved_files if is_append_only(path)}
+        self.staging.update(signatures(self.spec.root, logs))
+        self.staging.settle(sorted(moved_files - logs))
 
     def pin(self) -> set[str]:
         """Pin every database; the names of those whose writer is in the way."""
@@ -130,6 +210,53 @@ class OpenSources:
                 database.release()
                 busy.add(path)
         return busy
+
+    def fingerprint_held(self) -> str | None:
+        """The digest that goes with the cut (fingerprint.py); None if something could have changed after it
+        without leaving a trace. To be called while databases are still open."""
+        staged = self.staging.files
+        is_sound = not (self.scan.failures or self.scan.suspects or self.failures or self.staging.failures)
+        if not is_sound or self.unprovable:
+            return None
+        databases = database_signatures(self.spec.root, self.databases)
+        now_ns = time.time_ns()
+        if any(is_fresh(path, signature, read_at_ns=now_ns) for path, signature in databases.items()):
+            return None
+        if any(is_fresh(p, file.signature, read_at_ns=file.staged_at_ns) for p, file in staged.items()):
+            return None
+        try:
+            if {path: db.reading() for path, db in self.databases.items()} != self._held.databases:
+                return None
+        except (sqlite3.Error, OSError):
+            return None
+        return self._fingerprint({path: file.signature for path, file in staged.items()}, databases)
+
+    def fingerprint_now(self) -> str | None:
+        """The same of what is there now, without opening databases or copying anything."""
+        self.scan = self._scanner.scan()
+        self.git = self._read_repository()
+        self.command_values = self._run_commands(known={})
+        if self.scan.failures or self.scan.suspects or self.failures:
+            return None
+        named = [self.path_of(source.sqlite) for source in self.spec.states if source.sqlite is not None]
+        databases = database_signatures(self.spec.root, {*self.scan.databases, *named})
+        return self._fingerprint({**self.scan.files, **self._state_files()}, databases)
+
+    def _fingerprint(self, files: dict[str, Signature], databases: dict[str, Signature]) -> str | None:
+        values = self.command_values
+        if any(isinstance(value, state.StateUnreadable) for value in values.values()):
+            return None
+        return fingerprint(
+            self.spec, self.scan, files=files, databases=databases, git=self.git, values=values
+        )
+
+    def waited_for(self) -> list[tuple[str, PinnedDatabase]]:
+        """Databases to be copied whose pin keeps their writer from committing."""
+        return [item for item in self.wanted() if not item[1].is_wal]
+
+    def wanted(self) -> list[tuple[str, PinnedDatabase]]:
+        """Databases to be copied."""
+        return [(path, self.databases[path]) for path in sorted(self.databases.keys() & self.scan.databases)]
 
     def release(self) -> None:
         for database in self.databases.values():
@@ -212,12 +339,13 @@ class OpenSources:
         for path in wanted:
             opened = self.databases.get(path)
             found = scan.databases.get(path)
-            if opened is not None and (found is None or found.identity == opened.identity):
+            is_same = opened is not None and (found is None or found.identity == opened.identity)
+            if is_same and opened is not None and not opened.is_outdated():
                 continue
             self.forget(path)
             self.failures.pop(path, None)
             try:
-                database = LiveDatabase(self.spec.root / path)
+                database = open_database(self.spec.root / path, self._scratch)
             except DatabaseUnreadable as exc:
                 self.fail_database(path, exc)
                 if exc.may_pass:
@@ -231,7 +359,7 @@ class OpenSources:
     def _stage(self) -> None:
         self.staging.refresh({**self.scan.files, **self._state_files()})
 
-    def _written_lately(self) -> set[str]:
+    def _choose_hot(self) -> None:
         """The files most likely to be written to next: those that were last, within a minute."""
         now_ns = time.time_ns()
         candidates = {**self.scan.files, **self._state_files()}
@@ -240,7 +368,52 @@ class OpenSources:
             for path, signature in candidates.items()
             if signature.ctime_ns > now_ns - _HOT_NS
         ]
-        return {path for _, path in nlargest(_MOST_HOT_FILES, lately)}
+        # A file that is mapped and written to gets a new mtime whenever it was written back, so it is here.
+        self.unprovable = mapped_for_writing({path: candidates[path] for _, path in lately})
+        hottest = nlargest(_MOST_HOT_FILES, lately)
+        self._hot_logs = [path for _, path in hottest if is_append_only(path)]
+        self._hot = {path for _, path in hottest} - set(self._hot_logs)
+        burning = [
+            path
+            for ctime_ns, path in hottest
+            if path in self._hot
+            and ctime_ns > now_ns - _BURNING_NS
+            and candidates[path].size_bytes <= _BURNING_BYTES
+        ]
+        self._burning = set(burning[:_MOST_BURNING_FILES])
+
+    def _check_size(self) -> None:
+        limit_bytes = self.spec.max_agent_bytes
+        if limit_bytes is None:
+            return
+        found = {**self.scan.files, **self.scan.databases}
+        total_bytes = sum(signature.size_bytes for signature in found.values())
+        if total_bytes > limit_bytes:
+            largest = nlargest(3, found, key=lambda path: found[path].size_bytes)
+            raise RefusedError(
+                f"agent {self.spec.agent_id!r} has {total_bytes} bytes, more than its max_agent_bytes"
+                f" {limit_bytes}; the largest: {', '.join(largest)}",
+                hint="raise `max_agent_bytes`, or leave something out with `exclude`",
+            )
+
+    def _run_commands(
+        self, *, known: Mapping[str, bytes | state.StateUnreadable]
+    ) -> dict[str, bytes | state.StateUnreadable]:
+        """The values of all states that commands print; what is `known` is not asked for again."""
+        values = dict(known)
+        for source in self.spec.states:
+            if source.command and source.name not in values:
+                values[source.name] = state.command_value(source, self.spec)
+        return values
+
+    def _changed_values(self) -> set[str]:
+        """Ask the commands again; which of them say something else by now."""
+        before, self.command_values = self.command_values, self._run_commands(known={})
+        return {
+            f"state {name}"
+            for name, value in self.command_values.items()
+            if isinstance(value, bytes) and value != before.get(name)
+        }
 
     def _state_files(self) -> dict[str, Signature]:
         """Signatures of the state values' files, which a scan leaves out."""
@@ -249,14 +422,3 @@ class OpenSources:
             if source.file is not None:
                 found.update(signatures(self.spec.root, [self.path_of(source.file)]))
         return found
-
-
-def signatures(root: Path, paths: Iterable[str]) -> dict[str, Signature]:
-    """What stat says of each path that is there."""
-    found = {}
-    for path in paths:
-        try:
-            found[path] = Signature.of((root / path).lstat())
-        except OSError:
-            continue  # not there, or not for us: what is missing is named by its failure
-    return found

@@ -11,13 +11,20 @@ Source: https://sqlite.org/isolation.html, /wal.html, /backup.html, /pragma.html
 from __future__ import annotations
 
 import errno
+import math
 import os
 import sqlite3
 import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from contextlib import closing
+from fnmatch import fnmatchcase
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 from urllib.parse import quote
+
+from daemon.capture.files import Staging, signatures
 
 _BUSY_TIMEOUT_MS = 250
 _STEP_PAGES = 512
@@ -36,11 +43,73 @@ class DatabaseUnreadable(Exception):
         """Whether the next attempt, milliseconds later, may find it otherwise."""
 
 
+class HotJournal(DatabaseUnreadable):
+    """A crashed writer's journal has to be rolled back before anything can be read."""
+
+
 class PinExpired(Exception):
     """The copy took longer than a pin may be held."""
 
 
-class LiveDatabase:
+class PinnedDatabase(ABC):
+    """One database of an agent, whose state is ours from `pin` to `release`."""
+
+    path: Path
+    identity: tuple[int, int]
+    is_wal: bool
+    user_version: int
+
+    @abstractmethod
+    def reading(self) -> tuple[object, ...]:
+        """Equal readings around a pin prove that nobody else committed, and that the path is still this
+        file. Raises sqlite3.Error (busy) and OSError (vanished, or another file has its name)."""
+
+    @abstractmethod
+    def pin(self) -> None:
+        """Hold the database's present state. Raises sqlite3.Error (busy)."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Let go of the pinned state. Idempotent."""
+
+    @property
+    @abstractmethod
+    def is_pinned(self) -> bool: ...
+
+    @abstractmethod
+    def connection(self) -> sqlite3.Connection:
+        """A connection to read from within the cut."""
+
+    @abstractmethod
+    def copy_to(self, target: Path, *, deadline: float) -> None:
+        """Copy the database page by page; layout and rowids stay. With a pin the copy is the pinned state.
+
+        Raises PinExpired past `deadline` (time.monotonic), DatabaseUnreadable, and OSError (no room).
+        """
+
+    @abstractmethod
+    def copy_unpinned(self, target: Path) -> None:
+        """Copy one state of the database, whichever that is. Raises DatabaseUnreadable, OSError."""
+
+    @abstractmethod
+    def is_outdated(self) -> bool:
+        """Whether it has to be opened anew: its writer crashed, or came back after a crash."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Idempotent."""
+
+
+def open_database(path: Path, scratch: Path) -> PinnedDatabase:
+    """A database ready to be pinned. One that a crashed writer left with a hot journal is rolled back in a
+    copy in `scratch`. Raises DatabaseUnreadable, OSError (no room in scratch)."""
+    try:
+        return LiveDatabase(path)
+    except HotJournal:
+        return CrashedDatabase(path, scratch)
+
+
+class LiveDatabase(PinnedDatabase):
     """One database of an agent, open for reading through two connections.
 
     The probe never holds a transaction, so its `data_version` moves with every commit of others. The pin
@@ -71,20 +140,16 @@ class LiveDatabase:
             raise explain(exc, path) from exc
 
     def reading(self) -> tuple[object, ...]:
-        """Equal readings around a pin prove that no other connection committed; the path is still this
-        file. Raises sqlite3.Error (busy) and OSError (vanished, or another file has its name)."""
         if _identity(self.path) != self.identity:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(self.path))
         return (_first(self._probe, "PRAGMA data_version"),)
 
     def pin(self) -> None:
-        """Hold the database's present state. Raises sqlite3.Error (busy)."""
         connection = self._connection()
         connection.execute("BEGIN")
         _first(connection, "SELECT count(*) FROM sqlite_schema")  # BEGIN alone pins nothing
 
     def release(self) -> None:
-        """Let go of the pinned state. Idempotent."""
         if self._pin is not None and self._pin.in_transaction:
             self._pin.rollback()
 
@@ -93,31 +158,10 @@ class LiveDatabase:
         return self._pin is not None and self._pin.in_transaction
 
     def connection(self) -> sqlite3.Connection:
-        """The pinned connection, to read from within the cut."""
         return self._connection()
 
     def copy_to(self, target: Path, *, deadline: float) -> None:
-        """Copy the database page by page; layout and rowids stay. With a pin the copy is the pinned state.
-
-        Raises PinExpired past `deadline` (time.monotonic), DatabaseUnreadable, and OSError (no room).
-        """
-
-        def check_deadline(status: int, _remaining: int, _total: int) -> None:
-            if status != _SQLITE_DONE and time.monotonic() > deadline:
-                raise PinExpired
-
-        connection = self._connection()
-        try:
-            with closing(sqlite3.connect(target, isolation_level=None)) as copy:
-                copy.execute("PRAGMA journal_mode=OFF")
-                copy.execute("PRAGMA synchronous=OFF")  # the bundle is what gets fsynced
-                connection.backup(copy, pages=_STEP_PAGES, progress=check_deadline, sleep=0.005)
-        except sqlite3.Error as exc:
-            if (
-                getattr(exc, "sqlite_errorname", "") in _NO_ROOM
-            ):  # for the copy: the agent's own file is only read
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target)) from exc
-            raise explain(exc, self.path) from exc
+        _backup(self._connection(), target, source=self.path, deadline=deadline)
 
     def copy_unpinned(self, target: Path) -> None:
         """Copy in short steps, each holding its lock for milliseconds; SQLite starts over when a writer
@@ -131,8 +175,14 @@ class LiveDatabase:
                 hint="turn WAL on in the agent (PRAGMA journal_mode=WAL), or snapshot when it is idle",
             ) from exc
 
+    def is_outdated(self) -> bool:
+        try:
+            _first(self._probe, "PRAGMA data_version")
+        except sqlite3.Error as exc:
+            return isinstance(explain(exc, self.path), HotJournal)
+        return False
+
     def close(self) -> None:
-        """Idempotent."""
         self.release()
         self._probe.close()
         if self._pin is not None:
@@ -144,22 +194,210 @@ class LiveDatabase:
         return self._pin
 
 
+class CrashedDatabase(PinnedDatabase):
+    """A database with a hot journal: both are copied, and the copy is rolled back as the agent's own next
+    start would do with the original. Nobody has it open, so its files' signatures say whether it moved.
+
+    Source: https://sqlite.org/fileformat2.html#the_rollback_journal, https://sqlite.org/atomiccommit.html.
+    """
+
+    is_wal = False
+    is_pinned = True
+
+    def __init__(self, path: Path, scratch: Path) -> None:
+        """Raises DatabaseUnreadable, OSError (no room in scratch)."""
+        self.path = path
+        self._names = (path.name, f"{path.name}-journal")
+        copying = Staging(path.parent, Path(mkdtemp(prefix="crashed-", dir=scratch)))
+        copying.refresh(signatures(path.parent, self._names))
+        staged = copying.files
+        if any(name not in staged for name in self._names):
+            raise DatabaseUnreadable("changed while it was read", hint=_AGAIN_HINT, may_pass=True)
+        self._as_staged = {name: staged[name].signature for name in self._names}
+        self.identity = self._as_staged[path.name].identity
+        self._copy = staged[path.name].copy
+        self._connection = self._rolled_back(staged[self._names[1]].copy)
+        self.user_version = int(_first(self._connection, "PRAGMA user_version"))
+
+    def _rolled_back(self, journal: Path) -> sqlite3.Connection:
+        """A connection to the copy after its rollback."""
+        committed = _settle_super_journal(journal)
+        beside = self._copy.with_name(f"{self._copy.name}-journal")
+        try:
+            if committed:
+                journal.unlink()
+            else:
+                journal.rename(beside)
+            connection = sqlite3.connect(self._copy, isolation_level=None, check_same_thread=False)
+            connection.execute("PRAGMA trusted_schema=OFF")
+            _first(connection, "SELECT count(*) FROM sqlite_schema")
+            connection.execute("PRAGMA query_only=ON")
+        except sqlite3.Error as exc:
+            raise explain(exc, self.path) from exc
+        return connection
+
+    def reading(self) -> tuple[object, ...]:
+        now = signatures(self.path.parent, self._names)
+        if now.get(self.path.name) is None or now[self.path.name].identity != self.identity:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(self.path))
+        return tuple(sorted(now.items())) if now == self._as_staged else (time.monotonic_ns(),)
+
+    def pin(self) -> None:
+        """The copy is as it was made."""
+
+    def release(self) -> None:
+        """The copy stays as it is."""
+
+    def connection(self) -> sqlite3.Connection:
+        return self._connection
+
+    def copy_to(self, target: Path, *, deadline: float) -> None:  # noqa: ARG002  nobody waits for a copy
+        self.copy_unpinned(target)
+
+    def copy_unpinned(self, target: Path) -> None:
+        _backup(self._connection, target, source=self.path, deadline=math.inf)
+
+    def is_outdated(self) -> bool:
+        return signatures(self.path.parent, self._names) != self._as_staged
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+_JOURNAL_MAGIC = b"\xd9\xd5\x05\xf9\x20\xa1\x63\xd7"
+
+
+def _backup(connection: sqlite3.Connection, target: Path, *, source: Path, deadline: float) -> None:
+    """Copy what a connection reads, page by page. Raises as PinnedDatabase.copy_to."""
+
+    def check_deadline(status: int, _remaining: int, _total: int) -> None:
+        if status != _SQLITE_DONE and time.monotonic() > deadline:
+            raise PinExpired
+
+    try:
+        with closing(sqlite3.connect(target, isolation_level=None)) as copy:
+            copy.execute("PRAGMA journal_mode=OFF")
+            copy.execute("PRAGMA synchronous=OFF")  # the bundle is what gets fsynced
+            connection.backup(copy, pages=_STEP_PAGES, progress=check_deadline, sleep=0.005)
+    except sqlite3.Error as exc:
+        # No room is for the copy: the agent's own file is only read.
+        if getattr(exc, "sqlite_errorname", "") in _NO_ROOM:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target)) from exc
+        raise explain(exc, source) from exc
+
+
+def _settle_super_journal(journal: Path) -> bool:
+    """Whether a transaction over several databases was committed after all; what names it is cut off the
+    copied journal, so that rolling that back touches nothing of the agent's.
+
+    The record at the end: a page number, the name, its length, a checksum, the journal's magic.
+    """
+    with journal.open("r+b") as stream:
+        size_bytes = stream.seek(0, os.SEEK_END)
+        stream.seek(max(0, size_bytes - 16))
+        tail = stream.read()
+        if len(tail) < 16 or tail[8:] != _JOURNAL_MAGIC:
+            return False
+        name_bytes = int.from_bytes(tail[:4], "big")
+        start = size_bytes - 16 - name_bytes
+        if not 0 < name_bytes <= _MAX_PATH_BYTES or start < 4:
+            return False
+        stream.seek(start)
+        name = stream.read(name_bytes)
+        if sum(int.from_bytes([byte], "big", signed=True) for byte in name) & 0xFFFFFFFF != int.from_bytes(
+            tail[4:8], "big"
+        ):
+            return False
+        stream.truncate(start - 4)
+    return not os.path.lexists(name)
+
+
 def check_copy(copy: Path) -> None:
     """Prove a finished private copy sound with SQLite's quick check. Raises DatabaseUnreadable."""
-    # immutable: ours alone, no WAL beside it, and no sidecars wanted
-    uri = f"file:{quote(os.fsencode(copy))}?mode=ro&immutable=1"
     try:
-        with closing(sqlite3.connect(uri, uri=True)) as connection:
-            connection.execute("PRAGMA trusted_schema=OFF")
-            problems = [row[0] for row in connection.execute("PRAGMA quick_check(3)")]
+        with closing(open_copy(copy)) as connection:
+            problems = _quick_check(connection)
     except sqlite3.Error as exc:
-        if needs_the_application(exc):
-            return
         raise explain(exc, copy) from exc
-    if problems != ["ok"]:
+    if problems:
         raise DatabaseUnreadable(
             f"fails SQLite's quick check: {'; '.join(map(str, problems))[:300]}", hint=_CORRUPT_HINT
         )
+
+
+def _quick_check(connection: sqlite3.Connection) -> list[str]:
+    """What SQLite has against a database. Where it stops at what only the application knows, table by
+    table, as far as it goes."""
+    try:
+        return _problems(connection, "PRAGMA quick_check(3)")
+    except sqlite3.Error as exc:
+        if not needs_the_application(exc):
+            raise
+    problems: list[str] = []
+    for (name,) in connection.execute("SELECT name FROM sqlite_schema WHERE type = 'table'").fetchall():
+        quoted = name.replace("'", "''")
+        try:
+            problems += _problems(connection, f"PRAGMA quick_check('{quoted}')")
+        except sqlite3.Error as exc:
+            if not needs_the_application(exc):
+                raise
+    return problems
+
+
+def _problems(connection: sqlite3.Connection, check: str) -> list[str]:
+    found = [str(row[0]) for row in connection.execute(check)]
+    return [] if found == ["ok"] else found
+
+
+def open_copy(copy: Path) -> sqlite3.Connection:
+    """A database that is ours alone, to read from; it leaves no sidecars. Raises sqlite3.Error."""
+    # immutable: nobody else writes to it, and there is no WAL beside it
+    connection = sqlite3.connect(f"file:{quote(os.fsencode(copy))}?mode=ro&immutable=1", uri=True)
+    connection.execute("PRAGMA trusted_schema=OFF")
+    return connection
+
+
+def empty_tables(copy: Path, patterns: Iterable[str]) -> dict[str, int]:
+    """Take all rows out of the tables of a private copy that match one of `patterns` (globs, in any case),
+    and overwrite where they were; how many rows each of them had.
+
+    The rest of the pages stays as it is. Raises DatabaseUnreadable.
+    """
+    counts: dict[str, int] = {}
+    try:
+        with closing(sqlite3.connect(copy, isolation_level=None)) as connection:
+            connection.execute("PRAGMA trusted_schema=OFF")
+            connection.execute("PRAGMA secure_delete=ON")
+            for table in _tables_like(connection, patterns):
+                counts[table] = _empty_table(connection, table)
+    except sqlite3.Error as exc:
+        raise explain(exc, copy) from exc
+    return counts
+
+
+def _tables_like(connection: sqlite3.Connection, patterns: Iterable[str]) -> list[str]:
+    names = [row[0] for row in connection.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")]
+    lowered = [pattern.lower() for pattern in patterns]
+    return sorted(name for name in names if any(fnmatchcase(name.lower(), pattern) for pattern in lowered))
+
+
+def _empty_table(connection: sqlite3.Connection, table: str) -> int:
+    triggers = connection.execute(
+        "SELECT name, sql FROM sqlite_schema WHERE type = 'trigger' AND tbl_name = ? COLLATE NOCASE", (table,)
+    ).fetchall()
+    quoted = _quoted(table)
+    connection.execute("BEGIN")
+    for name, _ in triggers:  # the agent's own code has no business in here
+        connection.execute(f"DROP TRIGGER {_quoted(name)}")
+    removed = connection.execute(f"DELETE FROM {quoted} WHERE true").rowcount  # noqa: S608  of the schema
+    for _, sql in triggers:
+        connection.execute(sql)
+    connection.execute("COMMIT")
+    return removed
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
 
 
 def needs_the_application(exc: sqlite3.Error) -> bool:
@@ -169,6 +407,8 @@ def needs_the_application(exc: sqlite3.Error) -> bool:
     return any(what in message for what in ("no such collation", "unknown function", "no such module"))
 
 
+_AGAIN_HINT = "take the snapshot again"
+_MAX_PATH_BYTES = 4096
 _CORRUPT_HINT = (
     "the database is corrupt: `agentkeep restore` an earlier snapshot, or save what can be read with "
     "`sqlite3 DB .recover`; its raw bytes are in this bundle"
@@ -188,7 +428,7 @@ def explain(exc: sqlite3.Error, path: Path) -> DatabaseUnreadable:
             may_pass=True,
         )
     if code == "SQLITE_READONLY_ROLLBACK":
-        return DatabaseUnreadable(
+        return HotJournal(
             f"{message}: a crashed writer's journal has to be rolled back first",
             hint="start the agent once (or open the database with sqlite3): that rolls it back",
         )
@@ -201,7 +441,7 @@ def explain(exc: sqlite3.Error, path: Path) -> DatabaseUnreadable:
 
 
 def _vanished() -> DatabaseUnreadable:
-    return DatabaseUnreadable("vanished during the snapshot", hint="take the snapshot again", may_pass=True)
+    return DatabaseUnreadable("vanished during the snapshot", hint=_AGAIN_HINT, may_pass=True)
 
 
 def _check_owner(path: Path) -> None:

@@ -8,6 +8,9 @@ import sqlite3
 import time
 from typing import Any
 
+from daemon.commands import CommandFailed, run_command
+from daemon.model import AgentSpec, StateSource
+
 MAX_STATE_BYTES = 4 << 20
 MAX_STATE_ROWS = 1000
 MAX_QUERY_SECONDS = 1
@@ -27,6 +30,22 @@ def check_json(data: bytes) -> bytes:
     except (ValueError, RecursionError) as exc:
         raise StateUnreadable(f"not valid JSON: {exc}") from exc
     return data
+
+
+def command_value(source: StateSource, spec: AgentSpec) -> bytes | StateUnreadable:
+    """What the value's command prints, exactly, if it is one JSON value; else what is wrong with it."""
+    try:
+        printed = run_command(
+            source.command,
+            directory=spec.root,
+            timeout_seconds=spec.command_timeout_seconds,
+            max_output_bytes=MAX_STATE_BYTES,
+        )
+        return check_json(printed)
+    except CommandFailed as exc:
+        return StateUnreadable(str(exc))
+    except StateUnreadable as exc:
+        return exc
 
 
 def query_rows(connection: sqlite3.Connection, query: str, *, agent_id: str) -> bytes:

@@ -21,6 +21,8 @@ from typing import Any
 import pytest
 
 from daemon.capture import Capture, take_cut
+from daemon.capture.copies import CopyOptions, DatabaseCopies
+from daemon.capture.cut import _attempt as attempt_to_hold
 from daemon.capture.sources import OpenSources
 from daemon.errors import AgentNotFound
 from daemon.model import AgentSpec, ArtifactKind, StateSource, from_member_name
@@ -559,14 +561,33 @@ def moved_in_an_attempt(
 ) -> set[str]:
     """What an attempt finds to have moved when something happens at some moment of it."""
     sources.release()
-    moved = sources.prepare()
-    sources.catch_up()
-    before_the_window()
-    before = sources.read()
-    moved |= sources.pin()
-    in_the_window()
-    after = sources.read()
-    return moved | before.differences(after) | sources.not_as_staged(before) | sources.moved_since_staged()
+    copied = sources.spec.root.parent / "copied"
+    copied.mkdir(exist_ok=True)
+    copies = DatabaseCopies(copied, CopyOptions())
+    with (
+        happening_after(sources, "catch_up", before_the_window),
+        happening_after(sources, "pin", in_the_window),
+    ):
+        moved = attempt_to_hold(sources, copies, is_last=True).moved
+    copies.discard()
+    return moved
+
+
+@contextmanager
+def happening_after(sources: OpenSources, step: str, happening: Callable[[], object]) -> Iterator[None]:
+    """Within the block, something happens right after a step of an attempt."""
+    original = getattr(sources, step)
+
+    def and_then() -> object:
+        result = original()
+        happening()
+        return result
+
+    setattr(sources, step, and_then)
+    try:
+        yield
+    finally:
+        setattr(sources, step, original)
 
 
 HAPPENINGS: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -608,12 +629,20 @@ def test_whatever_moves_within_the_window_is_found_and_named(
     assert named in moved_in_an_attempt(still, lambda: happening(root))
 
 
-@pytest.mark.parametrize("name", ["149.md", "000.md", "cursor.json"])
 def test_what_moves_after_it_was_staged_and_before_the_window_is_found(
+    still: OpenSources, root: Path
+) -> None:
+    change = lambda: (root / "000.md").write_bytes(b"2")  # noqa: E731
+    assert moved_in_an_attempt(still, lambda: None, before_the_window=change) == {"000.md"}
+
+
+@pytest.mark.parametrize("name", ["149.md", "cursor.json"])
+def test_a_small_file_that_was_just_written_is_taken_as_the_window_sees_it(
     still: OpenSources, root: Path, name: str
 ) -> None:
     change = lambda: (root / name).write_bytes(b"2")  # noqa: E731
-    assert moved_in_an_attempt(still, lambda: None, before_the_window=change) == {name}
+    assert moved_in_an_attempt(still, lambda: None, before_the_window=change) == set()
+    assert still.staging.files[name].copy.read_bytes() == b"2"
 
 
 def test_a_pinned_rollback_database_keeps_its_writer_from_committing(still: OpenSources, root: Path) -> None:

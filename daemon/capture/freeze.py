@@ -1,0 +1,53 @@
+"""The agent's own way to hold still: a command before the capture, another one after it, whatever happened.
+
+Neither is needed for one instant; they are for agents that write without pause. One that fails does not
+stop the capture, which proves what it says by itself; it makes the snapshot incomplete, so that it is seen.
+
+Crash model: if this process is killed in between, nobody runs `after`. What `before` does should come to an
+end by itself.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+from daemon.commands import CommandFailed, run_command
+from daemon.model import AgentSpec, Failure
+
+
+class Frozen:
+    """For the time of a block, or until `thaw`. What went wrong is in `failures`."""
+
+    def __init__(self, spec: AgentSpec) -> None:
+        self._spec = spec
+        self._is_frozen = False
+        self.failures: list[Failure] = []
+
+    def __enter__(self) -> Self:
+        self._is_frozen = True
+        try:
+            self._run("before", self._spec.before)
+        except BaseException:
+            self.thaw()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.thaw()
+
+    def thaw(self) -> None:
+        """Run `after`. Idempotent."""
+        if self._is_frozen:
+            self._is_frozen = False
+            self._run("after", self._spec.after)
+
+    def _run(self, name: str, argv: tuple[str, ...]) -> None:
+        if not argv:
+            return
+        try:
+            run_command(argv, directory=self._spec.root, timeout_seconds=self._spec.command_timeout_seconds)
+        except CommandFailed as exc:
+            hint = f"run it by hand, and mend `{name}` of agent {self._spec.agent_id!r} in the configuration"
+            if name == "after":
+                hint = f"the agent may still hold still: look at once; then {hint}"
+            self.failures.append(Failure(source=f"command {name!r}", reason=str(exc), hint=hint))
