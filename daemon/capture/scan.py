@@ -343,7 +343,8 @@ class Scanner:
     def _is_database(self, path: str, signature: Signature) -> bool:
         if signature.identity in self.held_open:
             return True
-        if signature.size_bytes < _SMALLEST_PAGE_BYTES or self._is_sidecar(path):
+        # One that was cut within its first page is still a database, and has to be named as damaged.
+        if signature.size_bytes < len(SQLITE_MAGIC) or self._is_sidecar(path):
             return False
         # Looked at again when it changes: its inode may be another file's by then.
         key = (*signature.identity, signature.ctime_ns)

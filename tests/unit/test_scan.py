@@ -113,6 +113,12 @@ def test_a_state_file_is_left_to_the_state_values(root: Path) -> None:
     assert found.files.keys() == {"other.json"}
 
 
+def test_what_is_left_of_a_database_is_one(root: Path) -> None:
+    """Whatever its name: it cannot be captured, and that is said where it is opened."""
+    (root / "torn").write_bytes(b"SQLite format 3\0")
+    assert scan_of(root).databases.keys() == {"torn"}
+
+
 def test_databases_are_told_by_their_header(root: Path) -> None:
     make_database(root / "anything.at.all")
     write(root, "text.db")
@@ -382,8 +388,9 @@ def test_what_is_just_as_large_as_allowed_is_captured(root: Path) -> None:
     assert scan_of(root, max_file_bytes=1).files.keys() == {"a.md"}
 
 
-def test_a_file_too_small_for_a_database_is_not_opened(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (root / "small").write_bytes(b"x" * 511)
+def test_a_file_too_small_for_a_header_is_not_opened(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (root / "small").write_bytes(b"x" * 15)
+    (root / "empty").touch()
     make_database(root / "database")
     opened: list[str] = []
     monkeypatch.setattr(scan, "open_quietly", lambda path: opened.append(path) or open_quietly(path))
