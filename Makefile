@@ -7,11 +7,12 @@ RUNNABLE := $(VENV)/.runnable
 INSTALLED := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: help install demo test lint types unit bench lock clean
+.PHONY: help install demo test lint types unit soak bench lock clean
 
 help:
 	@echo "make demo   a sample agent, a real S3 server, a lost host, a recovery: two minutes"
 	@echo "make test   everything that has to hold: lint, types, imports, all tests"
+	@echo "make soak   200 snapshots of each kind of busy agent, each proven one instant: ten minutes"
 	@echo "make bench  peak memory and times with a 700 MB agent"
 	@echo "make lock   resolve the dependencies anew into the lock files"
 	@echo "make clean  remove what the above have made"
@@ -49,6 +50,12 @@ lint: $(INSTALLED)
 
 types: $(INSTALLED)
 	@$(RUN) mypy
+
+# Of the agents in tests/stress, of which `make test` takes fewer snapshots.
+SNAPSHOTS ?= 200
+soak: $(INSTALLED)
+	@.ci/system-packages
+	@AGENTKEEP_STRESS_SNAPSHOTS=$(SNAPSHOTS) $(RUN) pytest tests/stress --timeout 3600 --durations 0 -vv
 
 bench: $(RUNNABLE)
 	@$(RUN) benchmarks.memory
