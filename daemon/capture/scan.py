@@ -14,22 +14,19 @@ any descriptor of them would drop SQLite's POSIX locks; https://sqlite.org/howto
 from __future__ import annotations
 
 import os
-import re
 import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from wcmatch import glob
-
-from daemon.model import AgentSpec, Excluded, Failure, fixed_head, presentable
+from daemon.capture.patterns import Patterns, directories_of
+from daemon.model import AgentSpec, Excluded, Failure, fixed_head, has_wildcard, presentable
 
 SQLITE_MAGIC = b"SQLite format 3\x00"
 SIDECARS = ("-wal", "-shm", "-journal")
 _SQLITE_SUFFIXES = (".sqlite", ".sqlite3", ".db3")
 _SMALLEST_PAGE_BYTES = 512
-_GLOB_FLAGS = glob.GLOBSTAR | glob.DOTGLOB
 
 SECRET = "looks like a secret"  # noqa: S105  a reason, not a secret
 EXCLUDED = "excluded by pattern"
@@ -117,49 +114,6 @@ class Scan:
         return -self.excluded[why], why[1]
 
 
-class _Globs:
-    """Several globs, asked at once: which one it was is only looked for on a hit."""
-
-    def __init__(self, globs: Iterable[tuple[str, str]], flags: int) -> None:
-        self._each = [
-            (pattern, re.compile(regex))
-            for pattern, written in globs
-            for regex in glob.translate([written], flags=flags)[0]
-        ]
-        self._takes_all = bool(self._each) and self._each[0][0] == "**"
-        self._any = re.compile("|".join(f"(?:{regex.pattern})" for _, regex in self._each))
-
-    def first(self, text: str) -> str | None:
-        if self._takes_all:
-            return "**"
-        if not self._each or self._any.fullmatch(text) is None:
-            return None
-        return next(pattern for pattern, regex in self._each if regex.fullmatch(text))
-
-
-class Patterns:
-    """Globs over paths relative to the root. With `anywhere`, one without a slash matches at any depth."""
-
-    def __init__(self, patterns: tuple[str, ...], *, anywhere: bool, ignore_case: bool = False) -> None:
-        flags = _GLOB_FLAGS | (glob.IGNORECASE if ignore_case else 0)
-        names = [pattern for pattern in patterns if anywhere and "/" not in pattern]
-        paths = [pattern for pattern in patterns if pattern not in names]
-        # A name is shorter than a path, and `**/` is what makes matching dear.
-        self._names = _Globs(((pattern, pattern) for pattern in names), flags)
-        self._paths = _Globs(((pattern, pattern) for pattern in paths), flags)
-        # `cache/**` leaves out all that is in cache, so there is no need to look into it.
-        deep = ((pattern, pattern[:-3]) for pattern in paths if pattern.endswith("/**"))
-        self._whole = _Globs(deep, flags)
-
-    def matching(self, path: str) -> str | None:
-        """The first pattern that matches (those of whole paths come first), or None."""
-        return self._paths.first(path) or self._names.first(path.rpartition("/")[2])
-
-    def matching_directory(self, path: str) -> str | None:
-        """The first pattern that matches a directory itself or all that is in it, or None."""
-        return self._whole.first(path) or self.matching(path)
-
-
 class Scanner:
     """Scans one agent, again and again, remembering which files were seen to be databases."""
 
@@ -171,7 +125,9 @@ class Scanner:
         self._exclude = Patterns(spec.exclude, anywhere=True)
         # Whoever writes `Credentials.json` means the same.
         self._secrets = Patterns(spec.secrets, anywhere=True, ignore_case=True)
-        self._reach = Patterns(_directories_of((*spec.include, *spec.sqlite)), anywhere=False)
+        directories = directories_of((*spec.include, *spec.sqlite))
+        self._reach = Patterns(directories, anywhere=False)
+        self._expected = frozenset(path for path in directories if not has_wildcard(path))
         self._starts = ["."] if spec.walk_all else _walk_starts(spec)
         self._git_directory = spec.relative(spec.memdir / ".git") if spec.memdir else None
         self._memdir = spec.relative(spec.memdir) if spec.memdir else None
@@ -302,7 +258,7 @@ class Scanner:
         return True if its is True else own
 
     def _judge_by_patterns(self, path: str) -> bool | LeftOut:
-        is_taken = self._in_trees(path) or self._include.matching(path) is not None
+        is_taken = self._is_included(path) or self._is_in_the_way(path)
         if not is_taken and not self._spec.walk_all:
             return False
         if (pattern := self._secrets.matching(path)) is not None:
@@ -311,6 +267,13 @@ class Scanner:
             return EXCLUDED, pattern
         top, slash, _ = path.partition("/")
         return True if is_taken else (OUTSIDE, top + slash)
+
+    def _is_included(self, path: str) -> bool:
+        return self._in_trees(path) or self._include.matching(path) is not None
+
+    def _is_in_the_way(self, path: str) -> bool:
+        """Whether a file, or a link, has the name of a directory of the profile."""
+        return self._spec.walk_all and path in self._expected
 
     def _in_trees(self, path: str) -> bool:
         return self._memdir == "." or f"{path}/".startswith(self._trees)
@@ -321,6 +284,8 @@ class Scanner:
                 found.symlinks[path] = os.readlink(self._spec.root / path)  # noqa: PTH115  exact bytes
             except FileNotFoundError:
                 return
+            if not self._is_included(path) and os.path.isdir(self._at(path)):  # noqa: PTH112
+                found.failures[path] = _not_followed(self._at(path))
         elif not stat.S_ISREG(status.st_mode):
             found.leave_out(("neither file nor directory", _type_name(status.st_mode)), path)
         else:
@@ -417,11 +382,7 @@ class Scanner:
         if not os.path.lexists(path):
             return _missing(str(path))
         if path.is_symlink():
-            return Failure(
-                source=str(path),
-                reason="is a symbolic link, which is recorded but not followed",
-                hint="name the file that it points to",
-            )
+            return _not_followed(str(path))
         for directory in _way_to(required) if required not in self._named else ():
             if (left_out := self._directory_verdicts.get(directory)) is not None:
                 return Failure(
@@ -435,6 +396,14 @@ class Scanner:
 def spec_path(spec: AgentSpec, path: Path) -> str:
     """As in a scan: relative to the root, or absolute outside of it."""
     return spec.relative(path) if path.is_relative_to(spec.root) else str(path)
+
+
+def _not_followed(path: str) -> Failure:
+    return Failure(
+        source=path,
+        reason="is a symbolic link, which is recorded but not followed",
+        hint="name what it points to, in an agent of its own if it lies elsewhere; or exclude the link",
+    )
 
 
 def _missing(path: str) -> Failure:
@@ -457,20 +426,6 @@ def _way_to(path: str) -> list[str]:
 
 def _sidecar_base(path: str) -> str | None:
     return path.rpartition("-")[0] if path.endswith(SIDECARS) else None
-
-
-def _directories_of(patterns: tuple[str, ...]) -> tuple[str, ...]:
-    """Globs of the directories in which something may lie that one of the patterns matches."""
-    found: dict[str, None] = {}
-    for pattern in patterns:
-        parts = pattern.split("/")
-        for depth in range(1, len(parts)):
-            if parts[depth - 1] == "**":
-                break
-            found["/".join(parts[:depth])] = None
-        if "**" in parts:
-            found["/".join(parts[: parts.index("**") + 1])] = None
-    return tuple(found)
 
 
 def _walk_starts(spec: AgentSpec) -> list[str]:

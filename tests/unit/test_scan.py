@@ -13,7 +13,8 @@ import pytest
 from config.agents import agent_spec
 from config.settings import AgentSettings
 from daemon.capture import scan
-from daemon.capture.scan import EXCLUDED, OUTSIDE, SECRET, Patterns, Scan, Scanner, open_quietly
+from daemon.capture.patterns import Patterns
+from daemon.capture.scan import EXCLUDED, OUTSIDE, SECRET, Scan, Scanner, open_quietly
 from daemon.model import AgentSpec, StateSource
 
 
@@ -189,6 +190,26 @@ def test_a_symlinked_directory_is_not_entered(root: Path, tmp_path: Path) -> Non
     found = scan_of(root)
     assert found.files == {}
     assert found.symlinks == {"link": str(tmp_path / "elsewhere")}
+
+
+def test_a_link_in_place_of_a_directory_of_the_profile_is_a_failure(root: Path, tmp_path: Path) -> None:
+    """What it leads to is what the agent knows, and it is not in the snapshot."""
+    write(tmp_path, "elsewhere/MEMORY.md")
+    write(root, "skills/real/SKILL.md")
+    for link in ("workspace", "skills/linked", "unknown"):
+        (root / link).symlink_to(tmp_path / "elsewhere")
+    (root / "gone").symlink_to(tmp_path / "nowhere")
+    found = scan_of(root, include=("workspace/**", "skills/**", "gone/**"), walk_all=True)
+    assert found.symlinks.keys() == {"workspace", "skills/linked", "gone"}
+    assert found.failures.keys() == {"workspace"}
+    assert "symbolic link" in found.failures["workspace"].reason
+    assert reasons(found) == {(OUTSIDE, "unknown"): 1}
+
+
+def test_a_link_that_is_excluded_is_no_failure(root: Path, tmp_path: Path) -> None:
+    (root / "workspace").symlink_to(tmp_path)
+    found = scan_of(root, include=("workspace/**",), exclude=("workspace",), walk_all=True)
+    assert (found.failures, found.symlinks) == ({}, {})
 
 
 def test_a_fifo_is_not_waited_for(root: Path) -> None:
