@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from wcmatch import glob
 
-from config.agents import agent_spec, load_profile, profile_names
+from config.agents import Profile, agent_spec, load_profile, profile_names
 from config.settings import AgentSettings
 from daemon.capture.cut import with_memdir
 from daemon.capture.scan import EXCLUDED, OUTSIDE, SECRET, Scanner
@@ -105,6 +106,20 @@ def test_a_profile_is_written_as_it_should_be(name: str) -> None:
     relative = [*profile.memdir, *profile.include, *profile.exclude, *profile.secrets, *profile.marks]
     relative += [str(path) for state in profile.state.values() for path in (state.file, state.sqlite) if path]
     assert not [path for path in relative if path.startswith(("/", "~")) or ".." in path.split("/")]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "inclued = []",
+        "include = '**'",
+        "[state]\nx = { command = ['date'] }",
+        "[state]\nMyX = { file = 'x' }",
+    ],
+)
+def test_a_profile_with_anything_else_in_it_is_refused(text: str) -> None:
+    with pytest.raises(ValidationError):
+        Profile.model_validate(tomllib.loads(text))
 
 
 def test_every_fixture_is_of_a_profile() -> None:
