@@ -15,6 +15,7 @@ def test_what_init_writes_is_planned_and_captured_as_planned(host: Host, sample:
     (sample / "state/extract_cursor.json").write_text("{}")
     with closing(sqlite3.connect(sample / "dream_runs.db")) as connection:
         connection.execute("CREATE TABLE dream_runs (id, started_at)")
+    host.environment["AGENTKEEP_STATE_DIR"] = str(host.state)  # root's default lies outside of this host
     said = host.agentkeep(
         "init", host.home, "--out", host.config, "--url", host.offsite.as_uri(), configured=False
     )
