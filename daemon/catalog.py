@@ -27,7 +27,7 @@ from daemon.model import (
     UploadState,
 )
 
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 _SCHEMA = """
 CREATE TABLE snapshots (
     snapshot_id TEXT PRIMARY KEY,
@@ -42,7 +42,9 @@ CREATE TABLE snapshots (
     sha256 TEXT NOT NULL,
     content_bytes INTEGER NOT NULL,
     failures TEXT NOT NULL,
-    sealed INTEGER NOT NULL DEFAULT 0
+    sealed INTEGER NOT NULL DEFAULT 0,
+    fingerprint TEXT,
+    unchanged_at_ms INTEGER
 ) WITHOUT ROWID;
 CREATE INDEX snapshots_by_agent ON snapshots (tenant, agent_id, created_at_ms);
 CREATE TABLE uploads (
@@ -57,6 +59,14 @@ CREATE TABLE uploads (
 ) WITHOUT ROWID;
 CREATE INDEX uploads_waiting ON uploads (destination, snapshot_id) WHERE state <> 'confirmed';
 """
+
+_UPGRADES = {
+    1: """
+ALTER TABLE snapshots ADD COLUMN fingerprint TEXT;
+ALTER TABLE snapshots ADD COLUMN unchanged_at_ms INTEGER;
+"""
+}
+"""How a catalog of each older version becomes one of the next."""
 
 
 class Catalog:
@@ -75,14 +85,15 @@ class Catalog:
             db.execute("PRAGMA journal_mode = WAL")
         with self._transaction() as db:
             (version,) = db.execute("PRAGMA user_version").fetchone()
-            if version == 0:
-                for statement in _SCHEMA.split(";"):
-                    db.execute(statement)
-                db.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
-            elif version > _SCHEMA_VERSION:
+            if version > _SCHEMA_VERSION:
                 raise LocalWriteError(
                     f"the catalog {self._path} was written by a newer agentkeep", hint="use that version"
                 )
+            scripts = [_UPGRADES[old] for old in range(version, _SCHEMA_VERSION)] if version else [_SCHEMA]
+            for statement in ";".join(scripts).split(";"):
+                db.execute(statement)
+            if version < _SCHEMA_VERSION:
+                db.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
 
     def announce(self, record: SnapshotRecord, destinations: Iterable[str]) -> None:
         """Note a snapshot whose bundle is about to get its final name."""
@@ -90,8 +101,8 @@ class Catalog:
         with self._transaction() as db:
             db.execute(
                 "INSERT INTO snapshots (snapshot_id, tenant, agent_id, encrypted, created_at_ms, label,"
-                " complete, consistency, size_bytes, sha256, content_bytes, failures)"
-                " VALUES (?,?,?,?,?,?,?,?,?,?,?,?)",
+                " complete, consistency, size_bytes, sha256, content_bytes, failures, fingerprint)"
+                " VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?)",
                 (
                     key.snapshot_id,
                     key.tenant,
@@ -105,6 +116,7 @@ class Catalog:
                     record.sha256,
                     record.content_bytes,
                     json.dumps([failure.model_dump() for failure in record.failures]),
+                    record.fingerprint,
                 ),
             )
             db.executemany(
@@ -162,11 +174,17 @@ class Catalog:
         )
         return found[0] if found else None
 
+    def note_unchanged(self, snapshot_id: str, *, at_ms: int) -> None:
+        """The agent was still as in this snapshot at that time."""
+        with self._transaction() as db:
+            db.execute("UPDATE snapshots SET unchanged_at_ms = ? WHERE snapshot_id = ?", (at_ms, snapshot_id))
+
     def last_attempt_ms(self, tenant: str, agent_id: str) -> int | None:
-        """When the newest snapshot of an agent was made, complete or not."""
+        """When the newest snapshot of an agent was made, complete or not, or found to need no other."""
         with self._transaction(writing=False) as db:
             (newest,) = db.execute(
-                "SELECT max(created_at_ms) FROM snapshots WHERE tenant = ? AND agent_id = ? AND sealed = 1",
+                "SELECT max(max(created_at_ms, coalesce(unchanged_at_ms, 0))) FROM snapshots"
+                " WHERE tenant = ? AND agent_id = ? AND sealed = 1",
                 (tenant, agent_id),
             ).fetchone()
         return newest if newest is None else int(newest)
@@ -263,4 +281,6 @@ def _record(row: sqlite3.Row, uploads: dict[str, Upload]) -> SnapshotRecord:
         content_bytes=row["content_bytes"],
         failures=tuple(Failure.model_validate(item) for item in json.loads(row["failures"])),
         uploads=uploads,
+        fingerprint=row["fingerprint"],
+        unchanged_at_ms=row["unchanged_at_ms"],
     )

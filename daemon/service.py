@@ -130,12 +130,16 @@ class Service:
                 sealing=self._sealing,
                 destinations=job.destinations,
                 created_by="schedule",
+                unless_unchanged=True,
             )
         except AgentkeepError as exc:
             _log_failure("snapshot.failed", exc, agent=agent)
             return
         except Exception:  # noqa: BLE001  one agent's trouble must not end the protection of the others
             event("snapshot.failed", level=logging.ERROR, exc_info=True, fields={"agent": agent})
+            return
+        if record.unchanged_at_ms is not None:
+            event("snapshot.unchanged", fields={"agent": agent, "snapshot": record.snapshot_id})
             return
         _log_snapshot(record, agent=agent, seconds=round(time.monotonic() - started, 2))
         for name in job.destinations:

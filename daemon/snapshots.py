@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import sqlite3
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -105,11 +106,13 @@ def take_snapshot(
     destinations: Sequence[str] = (),
     label: str | None = None,
     created_by: str = "cli",
+    unless_unchanged: bool = False,
 ) -> SnapshotRecord:
     """Take one snapshot and seal it into a local bundle, which then waits in the outbox of `destinations`.
 
-    An incomplete one is sealed too and says so. Raises AgentNotFound, BusyError, ConfigError (recipients),
-    LocalWriteError.
+    An incomplete one is sealed too and says so. unless_unchanged: where nothing of the agent has changed since
+    its latest complete snapshot, that one is noted to be still current (`unchanged_at_ms`) and returned.
+    Raises AgentNotFound, BusyError, ConfigError (recipients), NotOneInstant, RefusedError, LocalWriteError.
     """
     from daemon.capture import take_cut  # slow to import, and not for those who only look at a store
 
@@ -122,6 +125,10 @@ def take_snapshot(
         ) as scratch,
         durable.translating_os_errors("write the snapshot below", store.state_dir),
     ):
+        if unless_unchanged:
+            current = _still_current(store, spec, scratch, sealing=sealing, destinations=destinations)
+            if current is not None:
+                return current
         capture = take_cut(spec, scratch, options=sealing.cut)
         bundle = scratch / "bundle"
         key = BundleKey(
@@ -142,9 +149,43 @@ def take_snapshot(
             content_bytes=capture.content_bytes,
             failures=tuple(capture.failures),
             uploads={name: Upload(UploadState.PENDING) for name in destinations},
+            fingerprint=_basis(capture.fingerprint, sealing),
         )
         _put_in_place(store, record, bundle, destinations)
     return record
+
+
+def _still_current(
+    store: Store, spec: AgentSpec, scratch: Path, *, sealing: Sealing, destinations: Sequence[str]
+) -> SnapshotRecord | None:
+    """The latest complete snapshot, noted as current, if a new one would hold the same and go nowhere else."""
+    from daemon.capture import fingerprint_now
+
+    latest = store.catalog.latest(spec.tenant, spec.agent_id)
+    if latest is None or latest.fingerprint is None or not _is_kept(store, latest, destinations):
+        return None
+    at_ms = time.time_ns() // 1_000_000
+    if _basis(fingerprint_now(spec, scratch), sealing) != latest.fingerprint:
+        return None
+    store.catalog.note_unchanged(latest.snapshot_id, at_ms=at_ms)
+    return store.catalog.find(latest.snapshot_id)
+
+
+def _is_kept(store: Store, record: SnapshotRecord, destinations: Sequence[str]) -> bool:
+    """Whether a snapshot is, or will be, everywhere where a new one would go."""
+    uploads = [record.uploads.get(name) for name in destinations]
+    if any(upload is None for upload in uploads):
+        return False
+    is_everywhere = all(upload is not None and upload.state == UploadState.CONFIRMED for upload in uploads)
+    return store.path_of(record.key).is_file() or (is_everywhere and bool(uploads))
+
+
+def _basis(fingerprint: str | None, sealing: Sealing) -> str | None:
+    """Of a fingerprint and of all else that makes a bundle what it is."""
+    if fingerprint is None:
+        return None
+    facts = (fingerprint, sealing.recipients, __version__)
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 def _write(
@@ -193,6 +234,7 @@ def _facts(capture: Capture, recipients: list[Any], *, label: str | None, create
         "git": capture.git,
         "directories": capture.directories,
         "symlinks": capture.symlinks,
+        "cut_logs": capture.cut_logs,
         "states": capture.states,
         "excluded": capture.excluded,
         "failures": tuple(capture.failures),

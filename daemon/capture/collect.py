@@ -64,6 +64,8 @@ class Capture:
     """Equal to what `fingerprint_now` gives later: nothing has changed since. None: that cannot be told."""
     git: GitFacts | None = None
     schema_versions: dict[str, int] = field(default_factory=dict)
+    cut_logs: dict[str, int] = field(default_factory=dict)
+    """How many bytes those logs had of which only the whole lines are here."""
     states: dict[str, StateHome] = field(default_factory=dict)
     excluded: tuple[Excluded, ...] = ()
     failures: list[Failure] = field(default_factory=list)
@@ -130,9 +132,11 @@ class _Collector:
 
     def _add(self, name: str, kind: ArtifactKind, copy: Path, *, staged: StagedFile | None = None) -> str:
         """Record a finished private copy as an artifact, with the attributes of what it was staged from."""
-        size_bytes = copy.stat().st_size
+        size_bytes = found_bytes = copy.stat().st_size
         if staged is not None and kind in (ArtifactKind.FILE, ArtifactKind.MEMORY_FILE):
             size_bytes = whole_lines_bytes(name, staged)
+            if size_bytes < found_bytes:
+                self._capture.cut_logs[name] = found_bytes
         mode = staged.signature.mode if staged else 0o600
         mtime_ns = staged.signature.mtime_ns if staged else None
         self._capture.artifacts.append(CapturedArtifact(name, kind, size_bytes, mode, mtime_ns, copy))

@@ -238,8 +238,7 @@ class OpenSources:
         self.command_values = self._run_commands(known={})
         if self.scan.failures or self.scan.suspects or self.failures:
             return None
-        named = [self.path_of(source.sqlite) for source in self.spec.states if source.sqlite is not None]
-        databases = database_signatures(self.spec.root, {*self.scan.databases, *named})
+        databases = database_signatures(self.spec.root, {*self.scan.databases, *self._state_databases()})
         return self._fingerprint({**self.scan.files, **self._state_files()}, databases)
 
     def _fingerprint(self, files: dict[str, Signature], databases: dict[str, Signature]) -> str | None:
@@ -331,8 +330,7 @@ class OpenSources:
         """Open what is new since the last attempt; reopen what was replaced under its name."""
         self._seen |= scan.databases.keys()
         # A database that only a state value names is pinned with the rest, and not copied.
-        named = [self.path_of(source.sqlite) for source in self.spec.states if source.sqlite is not None]
-        wanted = dict.fromkeys([*scan.databases, *named])
+        wanted = dict.fromkeys([*scan.databases, *self._state_databases()])
         for path in [path for path in self.databases if path not in wanted]:
             self.forget(path)
         unready = set()
@@ -414,6 +412,13 @@ class OpenSources:
             for name, value in self.command_values.items()
             if isinstance(value, bytes) and value != before.get(name)
         }
+
+    def _state_databases(self) -> list[str]:
+        return [
+            self.path_of(source.sqlite)
+            for source in self.spec.states
+            if source.sqlite is not None and not (source.optional and not os.path.lexists(source.sqlite))
+        ]
 
     def _state_files(self) -> dict[str, Signature]:
         """Signatures of the state values' files, which a scan leaves out."""

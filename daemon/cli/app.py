@@ -6,6 +6,7 @@ and `list` answer at once.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import sys
@@ -84,8 +85,12 @@ def snapshot(
     agent: AgentArgument = None,
     label: Annotated[str | None, typer.Option("--label", help="A note kept with the snapshot.")] = None,
     no_upload: Annotated[bool, typer.Option("--no-upload", help="Leave the upload to the daemon.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Take one even if nothing has changed.")] = False,
+    require_point_in_time: Annotated[
+        bool, typer.Option("--require-point-in-time", help="Fail rather than take one that is per_source.")
+    ] = False,
 ) -> int:
-    """Take a snapshot now, and wait for its upload."""
+    """Take a snapshot now, unless nothing has changed since the last one, and wait for its upload."""
     from daemon.snapshots import take_snapshot
     from daemon.transfer import drain_outbox
 
@@ -97,7 +102,17 @@ def snapshot(
         raise ConfigError("\n".join(missing), hint="mend the path, or bring the agent back with restore")
     names = host.configuration.destinations_of(spec.agent_id)
     destinations = [host.destinations[name] for name in names]
-    record = take_snapshot(host.store, spec, sealing=host.sealing, destinations=names, label=label)
+    if require_point_in_time:
+        spec = dataclasses.replace(spec, require_point_in_time=True)
+    record = take_snapshot(
+        host.store,
+        spec,
+        sealing=host.sealing,
+        destinations=names,
+        label=label,
+        unless_unchanged=not force and label is None,  # a label is for a snapshot of its own
+    )
+    is_unchanged = record.unchanged_at_ms is not None
     failed: list[AgentkeepError] = []
     if not no_upload:
         report = drain_outbox(
@@ -106,9 +121,12 @@ def snapshot(
         failed = [error for _, _, error in report.failed]
         record = host.store.catalog.find(record.snapshot_id)
     if host.as_json:
-        render.print_json(render.snapshot_document(record))
+        render.print_json(render.snapshot_document(record) | {"unchanged": is_unchanged})
     else:
-        render.print_snapshot(record)
+        if is_unchanged:
+            render.print_unchanged(record)
+        else:
+            render.print_snapshot(record)
         for error in failed:
             render.print_error(error, as_json=False)
     if not record.complete:

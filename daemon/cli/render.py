@@ -87,6 +87,7 @@ def snapshot_document(record: SnapshotRecord) -> dict[str, Any]:
         "agent_id": record.key.agent_id,
         "tenant": record.key.tenant,
         "created_at_ms": record.created_at_ms,
+        "unchanged_at_ms": record.unchanged_at_ms,
         "label": record.label,
         "complete": record.complete,
         "consistency": record.consistency.model_dump(mode="json"),
@@ -105,7 +106,7 @@ def snapshot_document(record: SnapshotRecord) -> dict[str, Any]:
 
 def snapshots_table(records: list[SnapshotRecord]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("snapshot", "agent", "taken (UTC)", "state", "consistency"):
+    for column in ("snapshot", "agent", "taken (UTC)", "still so (UTC)", "state", "consistency"):
         table.add_column(column, no_wrap=True)
     table.add_column("bundle", justify="right", no_wrap=True)
     table.add_column("uploads")
@@ -114,6 +115,7 @@ def snapshots_table(records: list[SnapshotRecord]) -> Table:
             record.snapshot_id,
             _agent_name(record.key.tenant, record.key.agent_id),
             f"{record.created_at:%Y-%m-%d %H:%M:%S}",
+            "-" if record.unchanged_at_ms is None else f"{record.current_at:%Y-%m-%d %H:%M:%S}",
             "complete" if record.complete else "[red]incomplete[/]",
             record.consistency.level,
             human_bytes(record.size_bytes),
@@ -158,6 +160,18 @@ def print_snapshot(record: SnapshotRecord) -> None:
             console.print(_text(f"           fix {failure.hint}"))
         if failure.kept_as:
             console.print(_text(f"          kept {', '.join(failure.kept_as[:3])} (raw bytes)"))
+
+
+def print_unchanged(record: SnapshotRecord) -> None:
+    """A snapshot that was not needed."""
+    console = stdout()
+    agent = record.key.agent_id
+    console.print(
+        f"agent {agent} is unchanged since snapshot [bold]{record.snapshot_id}[/]: nothing was written"
+    )
+    console.print(f"  taken        {record.created_at:%Y-%m-%d %H:%M:%S} UTC; --force takes another")
+    for name, upload in record.uploads.items():
+        console.print(Text(f"  upload       {name}: {upload.state.value}"))
 
 
 def print_manifest(manifest: Manifest) -> None:

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -280,6 +281,25 @@ def wait_until(condition: Callable[[], bool], what: str, *, limit_seconds: float
         if time.monotonic() > deadline:
             raise TimeoutError(f"never came: {what}")
         time.sleep(_POLL_SECONDS)
+
+
+@contextmanager
+def restless(root: Path) -> Iterator[None]:
+    """An agent that writes all the time, so that every snapshot of it is needed."""
+    stopping = threading.Event()
+
+    def write() -> None:
+        while not stopping.wait(_POLL_SECONDS):
+            with (root / "thoughts.jsonl").open("a") as stream:
+                stream.write('{"thought": "on it goes"}\n')
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopping.set()
+        thread.join()
 
 
 def freeze_when(running: Running, condition: Callable[[], bool], what: str) -> bool:

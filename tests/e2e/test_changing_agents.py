@@ -43,9 +43,9 @@ def snapshot_with(host: Host, happening: Callable[[], None], *, expecting: int) 
 
     def is_staging() -> bool:
         staged = len(list(files_below(scratch / "staged")))
-        return 0 < staged < FILES and not (scratch / "sqlite").exists()
+        return 0 < staged < FILES
 
-    with frozen(lambda: host.started("--json", "snapshot"), is_staging, "the middle of staging") as running:
+    with frozen(lambda: host.started("--json", "snapshot", "--force"), is_staging, "the middle of staging") as running:
         happening()
         running.send(signal.SIGCONT)
         done = running.wait()

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.commands import Host, Running, freeze_when, leftovers, quoted, wait_until
+from tests.e2e.commands import Host, Running, freeze_when, leftovers, quoted, restless, wait_until
 from tests.harness.sample_agent import RestoredPaths, prove, running_writer
 
 
@@ -124,7 +124,7 @@ def test_what_is_overdue_is_taken_at_once_after_a_restart(host: Host) -> None:
     root = small_agent(host)
     host.configure({"ana": f'root = {quoted(root)}\nschedule = "every 1s"'})
     first = host.document("snapshot")
-    with daemon(host) as running:
+    with restless(root), daemon(host) as running:
         wait_until(lambda: len(host.bundles_at(host.offsite)) >= 2, "the overdue one")
         stop(running)
     assert host.snapshots()[0]["snapshot_id"] == first["snapshot_id"]
@@ -141,7 +141,7 @@ def test_after_a_kill_the_next_start_tidies_up_and_uploads_what_waited(host: Hos
         assert running.kill().exit_code == -signal.SIGKILL
     assert leftovers(host.state) != []
     (host.home / "away").rename(host.offsite)
-    with daemon(host) as running:
+    with restless(root), daemon(host) as running:
         wait_until(lambda: len(host.bundles_at(host.offsite)) >= 2, "what waited and a new one")
         stop(running)
     confirmed = {r["snapshot_id"] for r in host.snapshots() if r["uploads"] == {"offsite": "confirmed"}}
@@ -150,9 +150,10 @@ def test_after_a_kill_the_next_start_tidies_up_and_uploads_what_waited(host: Hos
 
 
 def test_a_destination_that_was_away_gets_all_that_waited(host: Host) -> None:
-    host.configure({"ana": f'root = {quoted(small_agent(host))}\nschedule = "every 1s"'})
+    root = small_agent(host)
+    host.configure({"ana": f'root = {quoted(root)}\nschedule = "every 1s"'})
     host.offsite.rmdir()  # as when a share is not mounted
-    with daemon(host) as running:
+    with restless(root), daemon(host) as running:
         wait_until(lambda: len(host.bundles_at(host.state)) >= 3, "three bundles in the outbox")
         wait_until(lambda: "upload.failed" in running.output(), "the outage to be noticed")
         assert {r["uploads"]["offsite"] for r in host.snapshots()} == {"pending"}
@@ -177,7 +178,7 @@ def test_one_dead_destination_holds_up_neither_another_nor_the_snapshots(host: H
             {"ana": f'root = {quoted(root)}\nschedule = "every 1s"'},
             destinations={"dead": dead, "alive": alive},
         )
-        with daemon(host) as running:
+        with restless(root), daemon(host) as running:
             wait_until(lambda: len(host.bundles_at(host.offsite)) >= 3, "three bundles where it works")
             stop(running)
     arrived = [r for r in host.snapshots() if r["uploads"]["alive"] == "confirmed"]
@@ -192,7 +193,7 @@ def test_the_trouble_of_one_agent_does_not_end_the_protection_of_another(host: H
     host.configure(agents)
     (gone / "note.md").unlink()
     gone.rmdir()
-    with daemon(host) as running:
+    with restless(fine), daemon(host) as running:
         wait_until(
             lambda: len(host.bundles_at(host.offsite / "tenants/default/snapshots/fine")) >= 2, "two of fine"
         )

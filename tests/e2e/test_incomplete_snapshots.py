@@ -259,16 +259,25 @@ def test_a_database_whose_writer_will_not_let_go_is_named(agent: Agent) -> None:
         writer.execute("COMMIT")
 
 
-def test_a_hot_journal_is_kept_with_its_database_and_not_rolled_back(agent: Agent) -> None:
-    take_earlier(agent)
+def test_a_hot_journal_is_rolled_back_in_the_copy_and_left_alone_in_the_agent(agent: Agent) -> None:
+    committed = bodies_of(agent.victim)
     leave_hot_journal(agent.victim)
     journal = Path(f"{agent.victim}-journal")
-    agent.expect_kept(agent.victim, journal)
     before = agent.victim.read_bytes(), journal.read_bytes()
-    assert_named_kept_sealed_and_never_latest(
-        agent, source=str(agent.victim), reason="journal", hint="rolls it back"
-    )
+    record = agent.host.document("snapshot", "ana")
+    assert record["complete"]
     assert (agent.victim.read_bytes(), journal.read_bytes()) == before
+    back = agent.host.home / "back"
+    agent.host.agentkeep("restore", record["snapshot_id"], "--to", back)
+    (restored,) = back.rglob(agent.victim.name)
+    assert bodies_of(restored) == committed
+    assert not restored.with_name(f"{restored.name}-journal").exists()
+
+
+def bodies_of(path: Path) -> list[str]:
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        return [row[0] for row in connection.execute("SELECT body FROM memories ORDER BY rowid")]
 
 
 def leave_hot_journal(path: Path) -> None:

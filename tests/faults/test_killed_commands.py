@@ -73,7 +73,7 @@ def template(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer, 
     host = Host(home, fork_server)
     host.configure({"ana": f'root = {quoted(home / "ana")}\nmemdir = "memory"'})
     host.agentkeep("snapshot")
-    host.agentkeep("snapshot", "--no-upload")
+    host.agentkeep("snapshot", "--force", "--no-upload")
     return home
 
 
@@ -83,7 +83,7 @@ def host(tmp_path: Path, fork_server: ForkServer, template: Path) -> Host:
 
 
 COMMANDS: dict[str, Callable[[Host], list[str | Path]]] = {
-    "snapshot": lambda _: ["snapshot"],
+    "snapshot": lambda _: ["snapshot", "--force"],
     "upload": lambda _: ["upload"],
     "export": lambda host: ["export", "latest", "--to", host.home / "out/copy.tar.zst"],
     "restore": lambda host: ["restore", "latest", "--to", host.home / "out/back"],

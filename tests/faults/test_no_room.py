@@ -175,7 +175,7 @@ def test_a_command_that_is_told_to_stop_tidies_up_at_once(
     def start() -> AbstractContextManager[Running]:
         shutil.rmtree(out, ignore_errors=True)
         if command == "snapshot":
-            return host.started("snapshot")
+            return host.started("snapshot", "--force")
         return host.started("restore", "latest", "--to", out / "back")
 
     with frozen(start, lambda: 0 < len(list(files_below(work))) < FILES, "the middle of it") as running:

@@ -24,7 +24,7 @@ def agent(host: Host) -> Path:
 def test_a_second_snapshot_of_an_agent_is_told_that_it_is_busy(host: Host, agent: Path) -> None:
     host.configure({"ana": f"root = {quoted(agent)}"}, top="lock_timeout_seconds = 0")
     under_way = lambda: bool(leftovers(host.state / "scratch"))  # noqa: E731
-    with frozen(lambda: host.started("--json", "snapshot"), under_way, "a snapshot under way") as first:
+    with frozen(lambda: host.started("--json", "snapshot", "--force"), under_way, "a snapshot under way") as first:
         before = host.snapshots()
         second = host.document("snapshot", expecting=75)
         assert second["error"]["kind"] == "BusyError"
@@ -39,7 +39,7 @@ def test_a_second_snapshot_of_an_agent_is_told_that_it_is_busy(host: Host, agent
 
 def test_a_second_snapshot_waits_if_it_may(host: Host, agent: Path) -> None:
     host.configure({"ana": f"root = {quoted(agent)}"}, top="lock_timeout_seconds = 60")
-    with host.started("snapshot") as first, host.started("snapshot") as second:
+    with host.started("snapshot", "--force") as first, host.started("snapshot", "--force") as second:
         assert (first.wait().exit_code, second.wait().exit_code) == (0, 0)
     assert [record["uploads"] for record in host.snapshots()] == [{"offsite": "confirmed"}] * 2
     assert leftovers(host.state, host.offsite) == []
@@ -49,7 +49,7 @@ def test_a_second_snapshot_waits_if_it_may(host: Host, agent: Path) -> None:
 def test_snapshots_that_begin_together_are_done_or_busy_and_nothing_else(host: Host) -> None:
     """On a host where nothing is there yet: not the state directory, not the catalog."""
     with ExitStack() as stack:
-        running = [stack.enter_context(host.started("snapshot")) for _ in range(5)]
+        running = [stack.enter_context(host.started("snapshot", "--force")) for _ in range(5)]
         outcomes = [command.wait() for command in running]
     assert {done.exit_code for done in outcomes} <= {0, 75}, [done.stderr for done in outcomes]
     done = [done for done in outcomes if done.exit_code == 0]
@@ -74,7 +74,7 @@ def test_snapshots_of_different_agents_do_not_wait_for_each_other(host: Host) ->
 @pytest.mark.usefixtures("agent")
 def test_uploads_that_run_together_send_everything_once(host: Host) -> None:
     for _ in range(4):
-        host.agentkeep("snapshot", "--no-upload")
+        host.agentkeep("snapshot", "--force", "--no-upload")
     with ExitStack() as stack:
         running = [stack.enter_context(host.started("upload")) for _ in range(3)]
         outcomes = [command.wait() for command in running]
@@ -89,7 +89,7 @@ def test_uploads_that_run_together_send_everything_once(host: Host) -> None:
 def test_a_snapshot_by_hand_beside_the_daemon_is_done_or_busy(host: Host) -> None:
     host.configure({"ana": f'root = {quoted(host.home / "ana")}\nschedule = "every 1s"'})
     with host.started("run") as daemon:
-        outcomes = [host.agentkeep("snapshot", expecting=None).exit_code for _ in range(6)]
+        outcomes = [host.agentkeep("snapshot", "--force", expecting=None).exit_code for _ in range(6)]
         daemon.send(signal.SIGTERM)
         assert daemon.wait().exit_code == 0
     assert set(outcomes) <= {0, 75}

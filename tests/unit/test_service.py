@@ -32,6 +32,7 @@ from daemon.service import AgentJob, Service, trigger_of
 from daemon.snapshots import Sealing, Store, take_snapshot
 from daemon.telemetry.logs import log_to_stderr
 from daemon.verify import read_manifest
+from tests.e2e.commands import restless
 
 LIMIT_SECONDS = 30.0
 
@@ -193,10 +194,28 @@ def test_a_schedule_by_the_clock_takes_nothing_at_the_start(store: Store, tmp_pa
 
 def test_snapshots_say_that_the_schedule_made_them_and_go_on_coming(store: Store, tmp_path: Path) -> None:
     job = agent_job(tmp_path, "ana", schedule="every 1s", to=())
-    run_until(service_of(store, [job], []), lambda: len(store.catalog.snapshots()) >= 2)
+    with restless(job.spec.root):
+        run_until(service_of(store, [job], []), lambda: len(store.catalog.snapshots()) >= 2)
     first, second = store.catalog.snapshots()[:2]
     assert timedelta(milliseconds=500) < second.created_at - first.created_at
     assert read_manifest(LocalBundle(store.path_of(first.key))).created_by == "schedule"
+
+
+def test_an_agent_that_does_nothing_is_looked_at_and_no_bundle_is_written(
+    store: Store, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    job = agent_job(tmp_path, "ana", schedule="every 1s", to=())
+    log_to_stderr()
+
+    def seen_again() -> bool:
+        return any(record.unchanged_at_ms is not None for record in store.catalog.snapshots())
+
+    run_until(service_of(store, [job], []), seen_again)
+    # What was written within a tick of the clock before the first one proves nothing, so there may be two.
+    assert len(store.catalog.snapshots()) <= 2
+    *_, current = store.catalog.snapshots()
+    assert current.current_at > current.created_at
+    assert f"INFO snapshot.unchanged agent=default/ana snapshot={current.snapshot_id}" in capfd.readouterr().err
 
 
 # --- the outbox -------------------------------------------------------------------------------------------
@@ -271,7 +290,8 @@ def test_an_agent_that_is_not_there_does_not_end_the_protection_of_the_others(
     gone.spec.root.rmdir()
     log_to_stderr()
     service = service_of(store, [gone, fine], [destination(tmp_path)])
-    run_until(service, lambda: len(store.catalog.snapshots(agent_id="fine")) >= 2)
+    with restless(fine.spec.root):
+        run_until(service, lambda: len(store.catalog.snapshots(agent_id="fine")) >= 2)
     assert store.catalog.snapshots(agent_id="gone") == []
     logged = capfd.readouterr().err
     assert "ERROR snapshot.failed agent=default/gone" in logged
