@@ -388,12 +388,137 @@ class Consistency(_Record):
     moved: tuple[Presentable, ...] = Field(default=(), strict=False)
 
 
+_MAX_GIT_ITEMS = 100_000
+_KEPT_UNDER = r"^refs/agentkeep(-[1-9][0-9]{0,3})?$"
+
+GIT_HEAD_FILES = (
+    "MERGE_HEAD",
+    "CHERRY_PICK_HEAD",
+    "REVERT_HEAD",
+    "REBASE_HEAD",
+    "ORIG_HEAD",
+    "AUTO_MERGE",
+    "MERGE_AUTOSTASH",
+)
+"""Files of a repository that hold nothing but object ids, and can be put back as they were."""
+GIT_STATE_FILES = (
+    "BISECT_HEAD",
+    "rebase-apply/autostash",
+    "rebase-apply/onto",
+    "rebase-apply/orig-head",
+    "rebase-merge/autostash",
+    "rebase-merge/onto",
+    "rebase-merge/orig-head",
+    "sequencer/head",
+)
+"""Such files within the state of an operation that does not come back: what they name stays as refs."""
+
+
+def _check_line(text: str) -> str:
+    if any(char < " " or char == "\x7f" or "\ud800" <= char <= "\udfff" for char in text):
+        raise ValueError("not one line of text")
+    return text
+
+
+def _check_identity(text: str) -> str:
+    if "<" in text or ">" in text:
+        raise ValueError("not a name or address as git writes it")
+    return text
+
+
+def _check_ref_name(name: str) -> str:
+    if not name.startswith("refs/"):
+        raise ValueError("not the name of a git ref")
+    return name
+
+
+def _check_head_file(name: str) -> str:
+    if name not in GIT_HEAD_FILES and name not in GIT_STATE_FILES:
+        raise ValueError("not a file of a repository that holds object ids")
+    return name
+
+
+Line = Annotated[str, Field(max_length=4096), AfterValidator(_check_line)]
+Identity = Annotated[Line, AfterValidator(_check_identity)]
+RefName = Annotated[Line, AfterValidator(_check_ref_name)]
+HeadFile = Annotated[str, AfterValidator(_check_head_file)]
+Oid = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+Oids = Annotated[tuple[Oid, ...], Field(strict=False, max_length=_MAX_GIT_ITEMS)]
+
+
+class GitStashEntry(_Record):
+    """A line of `git stash list`. `committed_at`: seconds since 1970. Text that is not UTF-8 is escaped."""
+
+    oid: Oid
+    message: Line
+    committer_name: Identity
+    committer_email: Identity
+    committed_at: Count
+    utc_offset: Annotated[str, Field(pattern=r"^[+-][0-9]{4}$")]
+
+
+class GitOperation(_Record):
+    """Something that was under way. `branch`: the one that is being rebased."""
+
+    kind: Literal["merge", "cherry-pick", "revert", "sequence", "rebase", "am", "bisect"]
+    branch: RefName | None = None
+
+
+class GitWorktree(_Record):
+    """Another work tree of the same repository: a place, and its HEAD as in GitFacts."""
+
+    path: Line
+    head: RefName | None = None
+    head_oid: Oid | None = None
+
+
+class GitSubmodule(_Record):
+    """`url` is without credentials; None where `.gitmodules` names none."""
+
+    path: MemberName
+    url: Line | None = None
+    commit: Oid
+
+
 class GitFacts(_Record):
-    """The repository's refs at the cut. `head` is a ref's name, or None when HEAD is detached."""
+    """A repository at the cut. `head` is a ref's name, or None when HEAD is detached.
+
+    symbolic_refs: those other than HEAD, and what they point to
+    stash: newest first
+    heads: what MERGE_HEAD and its like hold; where those objects were gone already, they are named only
+    worktrees: the others that share this repository
+    remotes: name to URL, without credentials
+    shallow: the commits at which history was cut off when it was fetched
+    partial: objects may be missing, to be fetched when they are needed; `missing_objects`: how many are
+    kept_under: the prefix of the refs in the bundle that hold what no ref of the repository's own does
+    """
 
     head: str | None
     head_oid: str | None
     refs: dict[str, str]
+    symbolic_refs: dict[RefName, RefName] = Field(default_factory=dict, max_length=_MAX_GIT_ITEMS)
+    stash: tuple[GitStashEntry, ...] = Field(default=(), strict=False, max_length=_MAX_GIT_ITEMS)
+    heads: dict[HeadFile, Oids] = Field(default_factory=dict)
+    operations: tuple[GitOperation, ...] = Field(default=(), strict=False, max_length=16)
+    worktrees: tuple[GitWorktree, ...] = Field(default=(), strict=False, max_length=_MAX_GIT_ITEMS)
+    submodules: tuple[GitSubmodule, ...] = Field(default=(), strict=False, max_length=_MAX_GIT_ITEMS)
+    remotes: dict[Line, Line] = Field(default_factory=dict, max_length=_MAX_GIT_ITEMS)
+    shallow: Oids = ()
+    partial: bool = False
+    missing_objects: Count = 0
+    kept_under: Annotated[str, Field(pattern=_KEPT_UNDER)] = "refs/agentkeep"
+
+    def kept_refs(self) -> dict[str, str]:
+        """The refs under `kept_under` that these facts call for. The index and messages have theirs too."""
+        kept = {f"stash/{number}": entry.oid for number, entry in enumerate(self.stash)}
+        for name, oids in self.heads.items():
+            kept |= {f"{name}/{number}": oid for number, oid in enumerate(oids)}
+        kept |= {
+            f"worktree/{number}": worktree.head_oid
+            for number, worktree in enumerate(self.worktrees)
+            if worktree.head_oid is not None
+        }
+        return {f"{self.kept_under}/{name}": oid for name, oid in kept.items()}
 
 
 class StateHome(_Record):
@@ -431,6 +556,8 @@ class Manifest(_Record):
     artifacts: tuple[Artifact, ...] = Field(strict=False)
     directories: tuple[Directory, ...] = Field(default=(), strict=False)
     symlinks: tuple[Symlink, ...] = Field(default=(), strict=False)
+    cut_logs: dict[MemberName, Count] = Field(default_factory=dict)
+    """How many bytes those logs had that ended in half a line, which is left out."""
     states: dict[str, StateHome] = Field(default_factory=dict)
     excluded: tuple[Excluded, ...] = Field(default=(), strict=False)
     failures: tuple[Failure, ...] = Field(default=(), strict=False)
@@ -453,7 +580,11 @@ class Manifest(_Record):
 
 @dataclass(frozen=True, slots=True)
 class SnapshotRecord:
-    """One snapshot as the catalog knows it. `uploads` maps a destination to its `UploadState`."""
+    """One snapshot as the catalog knows it. `uploads` maps a destination to its `UploadState`.
+
+    fingerprint: what the agent looked like from outside (capture/fingerprint.py); None: that cannot be told
+    unchanged_at_ms: when the agent was last seen to be still as in this snapshot, if it was looked at again
+    """
 
     key: BundleKey
     created_at_ms: int
@@ -465,6 +596,8 @@ class SnapshotRecord:
     content_bytes: int
     failures: tuple[Failure, ...] = ()
     uploads: dict[str, Upload] = field(default_factory=dict)
+    fingerprint: str | None = None
+    unchanged_at_ms: int | None = None
 
     @property
     def snapshot_id(self) -> str:
@@ -473,6 +606,11 @@ class SnapshotRecord:
     @property
     def created_at(self) -> datetime:
         return datetime.fromtimestamp(self.created_at_ms / 1000, UTC)
+
+    @property
+    def current_at(self) -> datetime:
+        """The last time of which it is known that the agent was as in this snapshot."""
+        return datetime.fromtimestamp(max(self.created_at_ms, self.unchanged_at_ms or 0) / 1000, UTC)
 
 
 class UploadState(StrEnum):

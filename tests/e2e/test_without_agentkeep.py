@@ -27,9 +27,10 @@ mkdir unpacked
 tar --extract --file bundle.tar --directory unpacked
 git clone --quiet --mirror unpacked/git/memory.bundle memory.git
 cp -a unpacked/memory_files memdir
-git clone --quiet --bare memory.git memdir/.git
+git clone --quiet --mirror memory.git memdir/.git
 git -C memdir config core.bare false
-git -C memdir reset --quiet
+git -C memdir read-tree refs/agentkeep/index/staged
+git -C memdir for-each-ref --format='delete %(refname)' refs/agentkeep | git -C memdir update-ref --stdin
 for database in unpacked/sqlite/db/*.sqlite; do
     test "$(sqlite3 "$database" 'PRAGMA integrity_check')" = ok
 done
@@ -63,8 +64,8 @@ def test_a_bundle_is_recovered_with_standard_tools_alone(
     for database in DATABASES:
         recovered = sql_dump(desk / "unpacked/sqlite" / database.path)
         assert recovered == sql_dump(sample / database.path), database.name
-    assert run_git(desk / "memory.git", "show-ref") == run_git(sample / "memory", "show-ref")
-    for question in (("status", "--porcelain"), ("diff", "HEAD"), ("rev-parse", "HEAD")):
+    assert run_git(desk / "memdir", "show-ref") == run_git(sample / "memory", "show-ref")
+    for question in (("status", "--porcelain"), ("diff",), ("diff", "--cached"), ("rev-parse", "HEAD")):
         assert run_git(desk / "memdir", *question) == run_git(sample / "memory", *question)
     for path in (sample / "sessions").iterdir():
         assert (desk / "unpacked/files/sessions" / path.name).read_bytes() == path.read_bytes()
