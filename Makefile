@@ -5,6 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python -m
 RUNNABLE := $(VENV)/.runnable
 INSTALLED := $(VENV)/.installed
+SOFTWARE := $(VENV)/software/.installed
 WORKERS ?= 2
 
 .PHONY: help install demo test lint types unit soak bench lock clean
@@ -34,12 +35,20 @@ $(INSTALLED): $(RUNNABLE) requirements-dev.lock
 	@$(PIP) --require-hashes -r requirements-dev.lock
 	@touch $@
 
-install: $(INSTALLED)
+# What agents keep their memory with, in an environment of its own: none of it is to change ours.
+$(SOFTWARE): $(INSTALLED) requirements-software.lock
+	@echo "installing software of others into $(VENV)/software"
+	@$(PYTHON) -m venv --clear --without-pip $(VENV)/software
+	@$(PYTHON) -m pip --python $(VENV)/software/bin/python install --quiet --disable-pip-version-check \
+		--no-compile --require-hashes -r requirements-software.lock
+	@touch $@
+
+install: $(INSTALLED) $(SOFTWARE)
 
 demo: $(RUNNABLE)
 	@$(RUN) demo
 
-test: $(INSTALLED) lint types
+test: $(INSTALLED) $(SOFTWARE) lint types
 	@.ci/system-packages
 	@$(RUN) pytest -n $(WORKERS) --dist worksteal
 
@@ -62,12 +71,13 @@ bench: $(RUNNABLE)
 
 # Needs uv on the PATH. Without index addresses, so that any registry will do.
 LOCK := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
-	--no-emit-index-url --no-annotate --upgrade pyproject.toml
+	--no-emit-index-url --no-annotate --upgrade
 
 lock:
-	@$(LOCK) -o requirements.lock
-	@$(LOCK) -o requirements-demo.lock --extra demo
-	@$(LOCK) -o requirements-dev.lock --extra dev
+	@$(LOCK) pyproject.toml -o requirements.lock
+	@$(LOCK) pyproject.toml -o requirements-demo.lock --extra demo
+	@$(LOCK) pyproject.toml -o requirements-dev.lock --extra dev
+	@$(LOCK) --group software -o requirements-software.lock
 
 clean:
 	rm -rf $(VENV) .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
