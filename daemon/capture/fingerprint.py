@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from daemon.capture.files import signatures
 from daemon.capture.scan import Scan, Signature
 from daemon.model import AgentSpec, GitFacts
 
-_DATABASE_FILES = ("", "-wal", "-journal")
+_SIDECARS = ("-wal", "-journal")
 
 
 def fingerprint(
@@ -39,6 +40,12 @@ def fingerprint(
 
 def database_signatures(root: Path, paths: Iterable[str]) -> dict[str, Signature]:
     """What stat says of databases and of what lies beside them. An empty WAL is none: connections that only
-    read leave it."""
-    found = signatures(root, [path + suffix for path in paths for suffix in _DATABASE_FILES])
-    return {path: signature for path, signature in found.items() if signature.size_bytes > 0}
+    read leave it. As root SQLite gives a WAL to the database's owner at each opening, which moves its ctime.
+    """
+    paths = list(paths)
+    sidecars = signatures(root, [path + suffix for path in paths for suffix in _SIDECARS])
+    return signatures(root, paths) | {
+        path: replace(signature, ctime_ns=signature.mtime_ns)
+        for path, signature in sidecars.items()
+        if signature.size_bytes > 0
+    }
