@@ -31,6 +31,7 @@ from daemon.model import (
 )
 from daemon.restore.git import rebuild_repository
 from daemon.restore.unpack import Progress, member_path, unpack
+from daemon.restore.values import give_values_back
 
 _MAX_TARGET_BYTES = 4095  # PATH_MAX, without its NUL
 
@@ -40,7 +41,7 @@ class RestoreReport:
     """What a restore brought back, and what of the bundle is not where an agent would look for it.
 
     unsound: databases that are as they were captured, and were damaged then
-    not_put_back: state values and raw bytes that have no place of their own in the target
+    not_put_back: what has no place of its own in the target: state values, raw bytes, parts of a repository
     """
 
     manifest: Manifest
@@ -139,7 +140,8 @@ def restore_agent(
 ) -> RestoreReport:
     """Bring an agent back to where it lived; its root must be empty or not be there.
 
-    Raises as `restore_to_directory`, and RefusedError for a bundle of another agent or tenant, before
+    State values that a command gave go back through its `restore_command`, if `spec` has one. Raises as
+    `restore_to_directory`, and RefusedError for a bundle of another agent or tenant, before
     anything is unpacked.
     """
 
@@ -158,6 +160,7 @@ def restore_agent(
         left = _assemble(manifest, scratch / "parts", scratch / "tree", AgentLayout(manifest))
         _give_to_owner_of(spec.root, scratch / "tree")
         _put_in_place(scratch / "tree", spec.root)
+        left = give_values_back(manifest, scratch / "parts", spec, left)
     left = tuple(name for name in left if not _is_within(name, manifest))
     return _report(manifest, spec.root, left, unsound)
 
@@ -226,7 +229,7 @@ def _assemble(manifest: Manifest, parts: Path, tree: Path, layout: Layout) -> tu
     ]
     with durable.translating_os_errors("put together", tree):
         _make_directories(manifest, tree, layout)
-        _rebuild_git(manifest, parts, tree, layout)
+        not_put_back += _rebuild_git(manifest, parts, tree, layout)
         not_put_back += _make_symlinks(manifest, tree, layout)
         _set_attributes(manifest, tree, layout)
     return tuple(not_put_back)
@@ -261,16 +264,17 @@ def _make_directories(manifest: Manifest, tree: Path, layout: Layout) -> None:
                 raise MalformedBundle(f"a file lies where a directory is to be: {place[:200]!r}") from exc
 
 
-def _rebuild_git(manifest: Manifest, parts: Path, tree: Path, layout: Layout) -> None:
+def _rebuild_git(manifest: Manifest, parts: Path, tree: Path, layout: Layout) -> tuple[str, ...]:
+    """What of the repository did not come back."""
     place = layout.memdir()
     if place is not None and (manifest.git is not None or manifest.memdir is not None):
         (tree / place).mkdir(parents=True, exist_ok=True, mode=0o700)
     if manifest.git is None or place is None:
-        return
+        return ()
     if os.path.lexists(tree / place / ".git"):  # under another spelling, where case makes no difference
         raise MalformedBundle("something lies where the repository is to be")
     kinds = {artifact.kind: parts / member_path(artifact.path_in_bundle) for artifact in manifest.artifacts}
-    rebuild_repository(
+    return rebuild_repository(
         tree / place,
         manifest.git,
         bundle=kinds.get(ArtifactKind.GIT_BUNDLE),
