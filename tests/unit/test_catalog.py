@@ -406,3 +406,23 @@ def test_processes_that_make_and_write_it_at_once_lose_nothing(tmp_path: Path) -
     for tenant in tenants:
         assert [found.created_at_ms for found in catalog.snapshots(tenant=tenant)] == list(range(count))
     assert catalog.waiting("offsite") == []
+
+
+def test_a_catalog_of_the_first_version_becomes_one_of_today_and_keeps_what_it_knew(
+    catalog: Catalog, tmp_path: Path
+) -> None:
+    known = sealed(catalog, record(), "offsite")
+    path = tmp_path / "state" / "catalog.sqlite"
+    with sqlite3.connect(path) as db:
+        for column in ("fingerprint", "unchanged_at_ms"):
+            db.execute(f"ALTER TABLE snapshots DROP COLUMN {column}")
+        db.execute("PRAGMA user_version = 1")
+    upgraded = Catalog(path)
+    (found,) = upgraded.snapshots()
+    assert (found.key, found.uploads) == (known.key, known.uploads)
+    assert (found.fingerprint, found.unchanged_at_ms) == (None, None)
+    upgraded.note_unchanged(found.snapshot_id, at_ms=NOON_MS + HOUR_MS)
+    (found,) = upgraded.snapshots()
+    assert found.unchanged_at_ms == NOON_MS + HOUR_MS
+    assert upgraded.last_attempt_ms("default", "ana") == NOON_MS + HOUR_MS
+    assert upgraded.latest("default", "ana", not_after_ms=NOON_MS) == found
