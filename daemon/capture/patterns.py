@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from functools import lru_cache
 
 from wcmatch import glob
 
 _GLOB_FLAGS = glob.GLOBSTAR | glob.DOTGLOB
 
 
+@lru_cache(maxsize=1024)
 class _Globs:
-    """Several globs, asked at once: which one it was is only looked for on a hit."""
+    """Several globs, asked at once: which one it was is only looked for on a hit. Immutable, and dear to
+    make: one that is asked for again is the same."""
 
-    def __init__(self, globs: Iterable[tuple[str, str]], flags: int) -> None:
+    def __init__(self, globs: tuple[tuple[str, str], ...], flags: int) -> None:
         self._each = [
             (pattern, re.compile(regex))
             for pattern, written in globs
@@ -35,13 +37,13 @@ class Patterns:
 
     def __init__(self, patterns: tuple[str, ...], *, anywhere: bool, ignore_case: bool = False) -> None:
         flags = _GLOB_FLAGS | (glob.IGNORECASE if ignore_case else 0)
-        names = [pattern for pattern in patterns if anywhere and "/" not in pattern]
-        paths = [pattern for pattern in patterns if pattern not in names]
+        names = tuple(pattern for pattern in patterns if anywhere and "/" not in pattern)
+        paths = tuple(pattern for pattern in patterns if pattern not in names)
         # A name is shorter than a path, and `**/` is what makes matching dear.
-        self._names = _Globs(((pattern, pattern) for pattern in names), flags)
-        self._paths = _Globs(((pattern, pattern) for pattern in paths), flags)
+        self._names = _Globs(tuple(zip(names, names, strict=True)), flags)
+        self._paths = _Globs(tuple(zip(paths, paths, strict=True)), flags)
         # `cache/**` leaves out all that is in cache, so there is no need to look into it.
-        deep = ((pattern, pattern[:-3]) for pattern in paths if pattern.endswith("/**"))
+        deep = tuple((pattern, pattern[:-3]) for pattern in paths if pattern.endswith("/**"))
         self._whole = _Globs(deep, flags)
 
     def matching(self, path: str) -> str | None:

@@ -411,7 +411,7 @@ def test_processes_that_make_and_write_it_at_once_lose_nothing(tmp_path: Path) -
 def test_a_catalog_of_the_first_version_becomes_one_of_today_and_keeps_what_it_knew(
     catalog: Catalog, tmp_path: Path
 ) -> None:
-    known = sealed(catalog, record(), "offsite")
+    known = catalog.find(sealed(catalog, record(), "offsite").snapshot_id)
     path = tmp_path / "state" / "catalog.sqlite"
     with sqlite3.connect(path) as db:
         for column in ("fingerprint", "unchanged_at_ms"):
