@@ -13,7 +13,7 @@ import hashlib
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pygit2
 from pygit2.enums import ObjectType, RepositoryInitFlag
@@ -78,9 +78,12 @@ def _check_names(facts: GitFacts, head: str) -> None:
     for name in [head, *facts.refs, *facts.symbolic_refs, *facts.symbolic_refs.values()]:
         if not name.startswith("refs/") or not pygit2.reference_is_valid_name(name):
             raise MalformedBundle(f"not a valid git ref: {name[:200]!r}")
+    names = facts.refs.keys() | facts.symbolic_refs.keys()
     if facts.refs.keys() & facts.symbolic_refs.keys():
         raise MalformedBundle("a git ref is said to be symbolic, and to be none")
-    if any(f"{name}/".startswith(f"{facts.kept_under}/") for name in [*facts.refs, *facts.symbolic_refs]):
+    if any(str(parent) in names for name in names for parent in PurePosixPath(name).parents):
+        raise MalformedBundle("a git ref lies below another")
+    if any(f"{name}/".startswith(f"{facts.kept_under}/") for name in names):
         raise MalformedBundle("the repository has refs where the bundle keeps others")
 
 
