@@ -11,7 +11,7 @@ from typing import Literal
 from daemon.capture.cut import with_memdir
 from daemon.capture.git import LiveRepository, RepositoryUnreadable
 from daemon.capture.scan import Scanner
-from daemon.capture.sqlite import DatabaseUnreadable, LiveDatabase
+from daemon.capture.sqlite import DatabaseUnreadable, HotJournal, LiveDatabase
 from daemon.destinations import Destination
 from daemon.errors import AgentkeepError, ExitCode
 from daemon.model import AgentSpec, Failure
@@ -85,6 +85,8 @@ def _try_database(path: Path) -> Failure | None:
     """Whether it can be opened and its schema read; its pages are checked when it is captured."""
     try:
         LiveDatabase(path).close()
+    except HotJournal:  # rolled back in a copy when it is captured
+        return None
     except DatabaseUnreadable as exc:
         return Failure(source=str(path), reason=str(exc), hint=exc.hint)
     return None

@@ -110,8 +110,8 @@ def take_snapshot(
 ) -> SnapshotRecord:
     """Take one snapshot and seal it into a local bundle, which then waits in the outbox of `destinations`.
 
-    An incomplete one is sealed too and says so. unless_unchanged: where nothing of the agent has changed since
-    its latest complete snapshot, that one is noted to be still current (`unchanged_at_ms`) and returned.
+    An incomplete one is sealed too and says so. unless_unchanged: where nothing of the agent has changed
+    since its latest complete snapshot, that one is noted as still current (`unchanged_at_ms`) and returned.
     Raises AgentNotFound, BusyError, ConfigError (recipients), NotOneInstant, RefusedError, LocalWriteError.
     """
     from daemon.capture import take_cut  # slow to import, and not for those who only look at a store
@@ -158,7 +158,7 @@ def take_snapshot(
 def _still_current(
     store: Store, spec: AgentSpec, scratch: Path, *, sealing: Sealing, destinations: Sequence[str]
 ) -> SnapshotRecord | None:
-    """The latest complete snapshot, noted as current, if a new one would hold the same and go nowhere else."""
+    """The latest complete snapshot, noted as current, if a new one would hold and reach the same."""
     from daemon.capture import fingerprint_now
 
     latest = store.catalog.latest(spec.tenant, spec.agent_id)

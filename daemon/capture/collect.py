@@ -16,6 +16,7 @@ from daemon.capture.copies import DatabaseCopies
 from daemon.capture.files import StagedFile, Staging, signatures, whole_lines_bytes
 from daemon.capture.git import RepositoryUnreadable
 from daemon.capture.sources import GIT, OpenSources
+from daemon.capture.sqlite import tables_in_raw_bytes
 from daemon.model import (
     AgentSpec,
     ArtifactKind,
@@ -297,11 +298,20 @@ class _Collector:
         kept_already = tuple(_opaque(path) for path in raw if _opaque(path) in there)
         wanted = [path for path in raw if _opaque(path) not in there]
         keeping.refresh(signatures(self._spec.root, wanted))
+        tables = {name for file in keeping.files.values() for name in self._secrets_in(file)}
+        if tables:
+            keeping.refresh({})
+            why = f"its raw bytes are not kept, since they may hold {', '.join(sorted(tables))}"
+            failure = failure.model_copy(update={"hint": f"{failure.hint}; {why}"})
         kept = tuple(
             self._add(_opaque(path), ArtifactKind.OPAQUE, staged.copy, staged=staged)
             for path, staged in sorted(keeping.files.items())
         )
         self._capture.failures.append(failure.model_copy(update={"kept_as": (*kept_already, *kept)}))
+
+    def _secrets_in(self, file: StagedFile) -> set[str]:
+        patterns = self._spec.secret_tables
+        return tables_in_raw_bytes(file.copy, patterns) if patterns else set()
 
 
 def _mode_of(directory: Path | None) -> int | None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import re
 import sqlite3
 import time
 from abc import ABC, abstractmethod
@@ -377,8 +378,32 @@ def empty_tables(copy: Path, patterns: Iterable[str]) -> dict[str, int]:
 
 def _tables_like(connection: sqlite3.Connection, patterns: Iterable[str]) -> list[str]:
     names = [row[0] for row in connection.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")]
+    return sorted(_matching(names, patterns))
+
+
+def _matching(names: Iterable[str], patterns: Iterable[str]) -> set[str]:
     lowered = [pattern.lower() for pattern in patterns]
-    return sorted(name for name in names if any(fnmatchcase(name.lower(), pattern) for pattern in lowered))
+    return {name for name in names if any(fnmatchcase(name.lower(), pattern) for pattern in lowered)}
+
+
+_CREATES_TABLE = re.compile(
+    rb"""CREATE\s+TABLE\s+(?:IF\s+NOT\s+EXISTS\s+)?["'`\[]?([A-Za-z_][A-Za-z0-9_$]{0,200})""", re.IGNORECASE
+)
+_RAW_CHUNK_BYTES = 1 << 20
+_LONGEST_STATEMENT_HEAD_BYTES = 512
+
+
+def tables_in_raw_bytes(file: Path, patterns: Iterable[str]) -> set[str]:
+    """The tables matching one of `patterns` whose making is spelled out in a database that cannot be opened,
+    or in its sidecar. Raises OSError."""
+    names: set[str] = set()
+    tail = b""
+    with file.open("rb") as stream:
+        while chunk := stream.read(_RAW_CHUNK_BYTES):
+            found = _CREATES_TABLE.findall(tail + chunk)
+            names.update(name.decode("ascii") for name in found)
+            tail = chunk[-_LONGEST_STATEMENT_HEAD_BYTES:]
+    return _matching(names, patterns)
 
 
 def _empty_table(connection: sqlite3.Connection, table: str) -> int:

@@ -20,11 +20,11 @@ from typing import Any
 
 import pytest
 
-from daemon.capture import Capture, take_cut
+from daemon.capture import Capture, CutOptions, take_cut
 from daemon.capture.copies import CopyOptions, DatabaseCopies
 from daemon.capture.cut import _attempt as attempt_to_hold
 from daemon.capture.sources import OpenSources
-from daemon.errors import AgentNotFound
+from daemon.errors import AgentNotFound, ExitCode, NotOneInstant, RefusedError
 from daemon.model import AgentSpec, ArtifactKind, StateSource, from_member_name
 from tests.e2e.commands import wait_until
 from tests.e2e.trees import access_times, listing
@@ -664,6 +664,112 @@ def test_what_moved_is_caught_up_with_by_the_next_attempt(still: OpenSources, ro
         if label != "database gone":  # it would have to be there for the next
             happening(root)
     wait_until(lambda: not moved_in_an_attempt(still, lambda: None), "a quiet moment")
+
+
+@contextmanager
+def restlessly_rewritten(path: Path) -> Iterator[None]:
+    """By a process of its own, without pause: too large to be read within the window."""
+    script = (
+        "import sys\n"
+        "generation = 0\n"
+        "while True:\n"
+        "    generation += 1\n"
+        "    with open(sys.argv[1], 'r+b') as stream:\n"
+        "        stream.write(b'%08d' % generation * 25_000)\n"
+        "    if generation == 1: print(flush=True)\n"
+    )
+    path.write_bytes(bytes(200_000))
+    with subprocess.Popen([sys.executable, "-c", script, path], stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None
+        writer.stdout.readline()
+        try:
+            yield
+        finally:
+            writer.kill()
+
+
+def test_who_wants_one_instant_or_nothing_gets_nothing_from_an_agent_that_never_holds_still(
+    root: Path, tmp_path: Path
+) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    spec = spec_of(root, require_point_in_time=True)
+    with (
+        restlessly_rewritten(root / "big.bin"),
+        pytest.raises(NotOneInstant, match=r"big\.bin moved") as raised,
+    ):
+        take_cut(spec, scratch, options=CutOptions(attempts=2))
+    assert raised.value.exit_code == ExitCode.BUSY
+    assert "before" in raised.value.hint
+
+
+def test_who_does_not_insist_gets_what_moved_by_name(root: Path, tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    (root / "note.md").write_bytes(b"a note")
+    with restlessly_rewritten(root / "big.bin"):
+        capture = take_cut(spec_of(root), scratch, options=CutOptions(attempts=2))
+    assert (capture.consistency.level, capture.consistency.moved) == ("per_source", ("big.bin",))
+    assert capture.fingerprint is None
+    assert contents(capture)["files/note.md"] == b"a note"
+    if capture.is_complete:  # two readings in a row were equal: one state of it
+        assert "files/big.bin" in contents(capture)
+    else:
+        assert [failure.source for failure in capture.failures] == [str(root / "big.bin")]
+        assert "opaque/big.bin" in contents(capture)
+
+
+def test_a_log_that_grows_without_pause_is_a_whole_beginning_of_itself(root: Path) -> None:
+    script = (
+        "import sys\n"
+        "with open(sys.argv[1], 'ab', buffering=0) as log:\n"
+        "    for number in range(10_000_000):\n"
+        "        log.write(b'{\"line\": %d}\\n' % number)\n"
+        "        if number == 10: print(flush=True)\n"
+    )
+    path = root / "session.jsonl"
+    with subprocess.Popen([sys.executable, "-c", script, path], stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None
+        writer.stdout.readline()
+        try:
+            capture = captured(root)
+        finally:
+            writer.kill()
+    lines = contents(capture)["files/session.jsonl"].splitlines()
+    assert [json.loads(line)["line"] for line in lines] == list(range(len(lines)))
+    level, moved = capture.consistency.level, capture.consistency.moved
+    assert (level, moved) in [("point_in_time", ()), ("per_source", ("session.jsonl",))]
+
+
+def test_an_agent_that_is_larger_than_it_may_be_is_refused_with_what_is_large(root: Path) -> None:
+    (root / "small").write_bytes(bytes(10))
+    (root / "large").write_bytes(bytes(5000))
+    with pytest.raises(RefusedError, match=r"5010 bytes.* the largest: large, small") as raised:
+        captured(root, max_agent_bytes=5009)
+    assert "max_agent_bytes" in raised.value.hint
+    captured(root, max_agent_bytes=5010)
+
+
+def test_how_long_a_log_was_that_ended_in_half_a_line_is_recorded(root: Path) -> None:
+    (root / "a.jsonl").write_bytes(b'{"a": 1}\n{"b": 2')
+    (root / "b.jsonl").write_bytes(b'{"a": 1}\n')
+    capture = captured(root)
+    assert capture.cut_logs == {"files/a.jsonl": 16}
+    assert contents(capture)["files/a.jsonl"] == b'{"a": 1}\n'
+
+
+def test_raw_bytes_that_may_hold_a_table_of_secrets_are_not_kept(root: Path) -> None:
+    for name, table in (("plain", "notes"), ("secret", "auth_profiles")):
+        path = root / f"{name}.sqlite"
+        run_sql(path, f"CREATE TABLE {table} (x)", f"INSERT INTO {table} VALUES ('a value')")
+        with path.open("r+b") as stream:  # its second page, the table's own, so that only a check finds it
+            stream.seek(4096)
+            stream.write(b"\xff" * 8)
+    capture = captured_anyhow(root, secret_tables=("AUTH_*",))
+    kept = {failure.source: failure.kept_as for failure in capture.failures}
+    assert kept == {str(root / "plain.sqlite"): ("opaque/plain.sqlite",), str(root / "secret.sqlite"): ()}
+    assert "auth_profiles" in next(f.hint for f in capture.failures if "secret" in f.source)
+    assert set(contents(capture)) == {"opaque/plain.sqlite"}
 
 
 # --- our own side -----------------------------------------------------------------------------------------
