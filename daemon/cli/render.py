@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from daemon.errors import AgentkeepError
-from daemon.model import Manifest, SnapshotRecord, UploadState, presentable, snapshot_time
+from daemon.model import GitFacts, Manifest, SnapshotRecord, UploadState, presentable, snapshot_time
 
 if TYPE_CHECKING:
     from config.discovery import Discovery
@@ -183,7 +183,7 @@ def print_manifest(manifest: Manifest) -> None:
         ("complete", "yes" if manifest.complete else "NO"),
         ("consistency", f"{manifest.consistency.level}, window {manifest.consistency.window_ms} ms"),
         ("encrypted", "yes" if manifest.encryption else "no"),
-        ("git", f"{len(manifest.git.refs)} refs, HEAD {manifest.git.head_oid}" if manifest.git else "-"),
+        *_git_rows(manifest.git),
         ("made by", f"agentkeep {manifest.tool_versions.get('agentkeep', '?')} ({manifest.created_by})"),
         ("seal", manifest.seal),
     ]
@@ -209,6 +209,27 @@ def print_manifest(manifest: Manifest) -> None:
             artifact.sha256[:16],
         )
     console.print(table)
+
+
+def _git_rows(git: GitFacts | None) -> list[tuple[str, str]]:
+    if git is None:
+        return [("git", "-")]
+    rows = [("git", f"{len(git.refs)} refs, HEAD {git.head_oid}")]
+    if git.stash:
+        rows.append(("stash", f"{len(git.stash)}, the newest: {git.stash[0].message}"))
+    for operation in git.operations:
+        rows.append(("under way", operation.kind + (f" of {operation.branch}" if operation.branch else "")))
+    for worktree in git.worktrees:
+        rows.append(("work tree", f"{worktree.path} at {worktree.head or worktree.head_oid}"))
+    for submodule in git.submodules:
+        rows.append(("submodule", f"{submodule.path} at {submodule.commit}, {submodule.url or 'no URL'}"))
+    for name, url in git.remotes.items():
+        rows.append(("remote", f"{name} {url}"))
+    if git.shallow:
+        rows.append(("shallow", f"history ends at {len(git.shallow)} commits"))
+    if git.partial:
+        rows.append(("partial", f"{git.missing_objects} objects were not there to capture"))
+    return rows
 
 
 def found_document(found: Discovery, text: str, path: Path | None) -> dict[str, Any]:

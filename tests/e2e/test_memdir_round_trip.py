@@ -9,13 +9,16 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.commands import Host, quoted
-from tests.harness.sample_agent.builder import run_git
+from tests.harness.sample_agent.builder import GitCommandError, run_git
 
 QUESTIONS = (
     ("for-each-ref", "--format=%(refname) %(objecttype) %(objectname)"),
     ("rev-list", "--all", "--objects"),
     ("status", "--porcelain", "--ignored"),
-    ("diff", "HEAD"),
+    ("diff",),
+    ("diff", "--cached"),
+    ("ls-files", "--stage"),
+    ("stash", "list", "--format=%gd %H %gs"),
     ("log", "--format=%H %an %ae %at %cn %ce %ct %B", "--all"),
 )
 
@@ -72,11 +75,40 @@ def packed(memdir: Path) -> None:
     run_git(memdir, "gc", "--quiet")
 
 
-def with_stash(memdir: Path) -> None:
-    run_git(memdir, "stash", "--quiet")
+def with_stashes(memdir: Path) -> None:
+    for name in ("first", "second"):
+        write(memdir / "note.md", f"{name}\n")
+        run_git(memdir, "stash", "--quiet", f"--message={name}")
 
 
-@pytest.mark.parametrize("prepare", [as_made, detached, on_a_branch_of_its_own, packed, with_stash])
+def with_versions_that_are_only_staged(memdir: Path) -> None:
+    write(memdir / "note.md", "only staged\n")
+    run_git(memdir, "add", "note.md")
+    write(memdir / "note.md", "not even staged\n")
+
+
+def in_a_merge_with_conflicts(memdir: Path) -> None:
+    run_git(memdir, "commit", "--quiet", "--all", "--message=what was not committed")
+    run_git(memdir, "checkout", "--quiet", "side/line")
+    write(memdir / "note.md", "something else\n")
+    run_git(memdir, "commit", "--quiet", "--all", "--message=in the way")
+    with pytest.raises(GitCommandError):
+        run_git(memdir, "merge", "trunk")
+    assert "UU note.md" in run_git(memdir, "status", "--porcelain")
+
+
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        as_made,
+        detached,
+        on_a_branch_of_its_own,
+        packed,
+        with_stashes,
+        with_versions_that_are_only_staged,
+        in_a_merge_with_conflicts,
+    ],
+)
 def test_history_refs_head_and_uncommitted_work_come_back(
     host: Host, memdir: Path, prepare: Callable[[Path], None]
 ) -> None:
@@ -87,6 +119,54 @@ def test_history_refs_head_and_uncommitted_work_come_back(
     assert [run_git(restored, *question) for question in QUESTIONS] == before
     assert head(restored) == head(memdir)
     assert work_tree(restored) == work_tree(memdir)
+
+
+def test_a_merge_goes_on_where_it_was(host: Host, memdir: Path) -> None:
+    in_a_merge_with_conflicts(memdir)
+    restored = snapshot_and_restore(host, memdir)
+    write(restored / "note.md", "resolved\n")
+    run_git(restored, "add", "note.md")
+    run_git(restored, "commit", "--quiet", "--no-edit")
+    assert run_git(restored, "log", "-1", "--format=%s %P").split() == [
+        *("Merge", "branch", "'trunk'", "into", "side/line"),
+        *run_git(memdir, "rev-parse", "HEAD", "MERGE_HEAD").split(),
+    ]
+
+
+def test_a_rebase_under_way_is_told_of_at_both_ends(host: Host, memdir: Path) -> None:
+    in_a_merge_with_conflicts(memdir)
+    run_git(memdir, "merge", "--abort")
+    with pytest.raises(GitCommandError):
+        run_git(memdir, "rebase", "trunk")
+    configure(host)
+    record = host.document("snapshot")
+    assert record["complete"] is True
+    assert "rebase" in host.agentkeep("show", record["snapshot_id"]).stdout
+    done = host.agentkeep("restore", record["snapshot_id"], "--to", host.home / "back", expecting=3)
+    assert "the rebase of refs/heads/side/line that was under way" in " ".join(done.stdout.split())
+    onto = run_git(memdir, "rev-parse", "trunk")
+    assert run_git(host.home / "back/memdir", "rev-parse", "refs/agentkeep/rebase-merge/onto/0") == onto
+
+
+def test_a_shallow_clone_comes_back_shallow_and_sound(host: Host, memdir: Path) -> None:
+    run_git(memdir, "commit", "--quiet", "--all", "--message=second")
+    deep = host.home / "deep"
+    memdir.rename(deep)
+    run_git(host.home, "clone", "--quiet", "--depth=1", deep.as_uri(), str(memdir))
+    restored = snapshot_and_restore(host, memdir)
+    run_git(restored, "fsck", "--full", "--strict")
+    assert run_git(restored, "log", "--format=%s").splitlines() == ["second"]
+    run_git(restored, "fetch", "--quiet", "--unshallow", str(deep), "trunk")
+    assert run_git(restored, "log", "--format=%s").splitlines() == ["second", "first"]
+
+
+def test_remotes_are_shown_without_credentials_and_not_configured(host: Host, memdir: Path) -> None:
+    run_git(memdir, "remote", "add", "origin", "https://me:secret@example.net/memory.git")
+    restored = snapshot_and_restore(host, memdir)
+    shown = host.agentkeep("show", "latest").stdout
+    assert "https://example.net/memory.git" in shown
+    assert "secret" not in shown + host.agentkeep("--json", "show", "latest").stdout
+    assert run_git(restored, "remote") == ""
 
 
 def test_a_restored_repository_goes_on_working(host: Host, memdir: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
@@ -489,3 +491,97 @@ def test_the_extension_of_a_partial_clone_is_understood(partial: Path, tmp_path:
     run_git(partial, "config", "core.repositoryFormatVersion", "1")
     run_git(partial, "config", "extensions.partialClone", "origin")
     assert bring_back(partial, tmp_path / "room").facts.partial
+
+
+# --- by hand, as docs/FORMAT.md says --------------------------------------------------------------
+
+BY_HAND = r"""
+set -eu
+git clone --quiet --mirror "$BUNDLE" .git
+git config core.bare false
+git config --remove-section remote.origin
+kept=refs/agentkeep
+
+git read-tree $kept/index/staged
+stage=0
+for part in base ours theirs; do
+    stage=$((stage + 1))
+    if git rev-parse --quiet --verify $kept/index/$part > /dev/null; then
+        git ls-tree -r $kept/index/$part |
+            sed "s/ blob \([0-9a-f]*\)/ \1 $stage/" | git update-index --index-info
+    fi
+done
+
+git update-ref -d refs/stash
+for number in $(git for-each-ref --format='%(refname:lstrip=3)' $kept/stash | sort -rn); do
+    git stash store --message "$(git log -1 --format=%s $kept/stash/$number)" $kept/stash/$number
+done
+
+git for-each-ref --format='%(objectname)' $kept/MERGE_HEAD > .git/MERGE_HEAD
+git cat-file blob $kept/MERGE_MSG > .git/MERGE_MSG
+
+git for-each-ref --format='delete %(refname)' $kept | git update-ref --stdin
+"""
+
+
+def by_hand(script: str, bundle: Path, at: Path) -> None:
+    subprocess.run(["bash", "-c", script], cwd=at, env=os.environ | {"BUNDLE": str(bundle)}, check=True)
+
+
+def test_stash_and_index_are_recovered_with_git_alone(memdir: Path, tmp_path: Path) -> None:
+    for number in range(12):
+        (memdir / "note").write_text(f"stashed {number}\n")
+        run_git(memdir, "stash", "push", "--quiet", "--message", f"number {number}")
+    run_git(memdir, "checkout", "--quiet", "left")
+    (memdir / "new").write_text("only staged\n")
+    git_fails(memdir, "merge", "right")
+    run_git(memdir, "add", "new")
+    bundle = bring_back(memdir, tmp_path / "room").bundle
+    assert bundle is not None
+    desk = tmp_path / "desk"
+    shutil.copytree(memdir, desk, ignore=lambda at, _: [".git"] if Path(at) == memdir else [])
+    by_hand(BY_HAND, bundle, desk)
+    for question in ("status", "--porcelain=v2"), ("diff",), ("stash", "list", "--format=%gd %H %gs"):
+        assert run_git(desk, *question) == run_git(memdir, *question)
+    assert run_git(desk, "show-ref") == run_git(memdir, "show-ref")
+    run_git(desk, "fsck", "--full", "--strict")
+
+
+SHALLOW_BY_HAND = r"""
+set -eu
+git init --quiet
+echo "$END" > .git/shallow
+git fetch --quiet --update-head-ok "$BUNDLE" '+refs/*:refs/*'
+"""
+
+
+def test_a_shallow_clone_is_recovered_with_git_alone(memdir: Path, tmp_path: Path) -> None:
+    end = commit(memdir, "second", note="two\n")
+    run_git(tmp_path, "clone", "--quiet", "--depth=1", memdir.as_uri(), "shallow")
+    bundle = bring_back(tmp_path / "shallow", tmp_path / "room").bundle
+    assert bundle is not None
+    desk = tmp_path / "desk"
+    desk.mkdir()
+    by_hand(f"END={end}\n{SHALLOW_BY_HAND}", bundle, desk)
+    run_git(desk, "fsck", "--full", "--strict")
+    assert run_git(desk, "show", "main:note") == "two\n"
+
+
+PARTIAL_BY_HAND = r"""
+set -eu
+git init --quiet
+sed '1,/^$/d' "$BUNDLE" | git index-pack --stdin --promisor > /dev/null
+sed '/^$/q' "$BUNDLE" | sed -n 's/^\([0-9a-f]\{40\}\) \(refs.*\)/create \2 \1/p' | git update-ref --stdin
+git config remote.origin.url "$URL"
+git config remote.origin.promisor true
+"""
+
+
+def test_a_partial_clone_is_recovered_with_git_alone(partial: Path, memdir: Path, tmp_path: Path) -> None:
+    bundle = bring_back(partial, tmp_path / "room").bundle
+    assert bundle is not None
+    desk = tmp_path / "desk"
+    desk.mkdir()
+    by_hand(f"URL={memdir.as_uri()}\n{PARTIAL_BY_HAND}", bundle, desk)
+    run_git(desk, "fsck", "--full", "--strict")
+    assert run_git(desk, "show", "main~1:note") == "one\n"
