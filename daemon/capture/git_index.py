@@ -87,7 +87,7 @@ def _parse_index(data: bytes) -> list[Entry]:
         raise IndexUnreadable("the index is of an unknown format, or too large")
     end = len(data) - _OID_BYTES
     digest = data[end:]
-    if any(digest) and digest != hashlib.sha1(data[:end], usedforsecurity=False).digest():
+    if any(digest) and digest != hashlib.sha1(memoryview(data)[:end], usedforsecurity=False).digest():
         raise IndexUnreadable("the index does not have its checksum")  # all zero: index.skipHash
     entries: list[Entry] = []
     position, paths_bytes, path = _HEADER.size, 0, b""
@@ -182,6 +182,7 @@ def write_tree(entries: Iterable[Entry], write: Callable[[bytes], bytes]) -> byt
     Raises IndexUnreadable.
     """
     directories: dict[bytes, dict[bytes, tuple[int, bytes]]] = {b"": {}}
+    directories_bytes = 0
     for entry in entries:
         path = entry.path.removesuffix(b"/") if entry.mode == TREE else entry.path
         _check_path(path)
@@ -189,6 +190,9 @@ def write_tree(entries: Iterable[Entry], write: Callable[[bytes], bytes]) -> byt
         directory = parent
         while directory not in directories:
             directories[directory] = {}
+            directories_bytes += len(directory)
+            if len(directories) > _MAX_ENTRIES or directories_bytes > _MAX_PATHS_BYTES:
+                raise IndexUnreadable("the index has too many directories")
             directory = directory.rpartition(b"/")[0]
         directories[parent][name] = (entry.mode, entry.oid)
     for directory in sorted(directories.keys() - {b""}, key=lambda path: path.count(b"/"), reverse=True):

@@ -36,7 +36,6 @@ _REFLOG_LINE = re.compile(
 _USERINFO = re.compile(r"(://)[^/?#\s]*@")
 _SSH_USER = re.compile(r"ssh://[\w.-]+@[^/?#@\s]*(?:/|\Z)")
 _PARAMETERS = re.compile(r"(://[^?#]*)[?#].*")
-_SUBMODULE_SETTING = re.compile(rb"\s*(path|url)\s*=\s*(.*?)\s*", re.IGNORECASE)
 
 
 def open_regular(path: Path) -> int | None:
@@ -153,16 +152,15 @@ def is_partial(settings: Iterable[tuple[bytes, bytes | None]]) -> bool:
 def submodule_urls(gitmodules: bytes) -> dict[bytes, str]:
     """URL by path, out of a `.gitmodules`. Not read as configuration: that could include other files."""
     found: dict[bytes, str] = {}
-    path: bytes | None = None
-    url: bytes | None = None
+    section: dict[bytes, bytes] = {}
     for line in [*gitmodules.split(b"\n"), b"["]:
         if line.lstrip().startswith(b"["):
-            if path is not None and url is not None:
-                found[path] = without_credentials(one_line(url))
-            path = url = None
-        elif match := _SUBMODULE_SETTING.fullmatch(line):
-            value = match[2].strip(b'"')
-            path, url = (value, url) if match[1].lower() == b"path" else (path, value)
+            if b"path" in section and b"url" in section:
+                found[section[b"path"]] = without_credentials(one_line(section[b"url"]))
+            section = {}
+        else:
+            key, _, value = line.partition(b"=")
+            section[key.strip().lower()] = value.strip().strip(b'"')
     return found
 
 

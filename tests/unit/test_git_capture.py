@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from daemon.capture.git import GitReading, LiveRepository, RepositoryUnreadable
+from daemon.capture.git_index import Entry, index_bytes
+from daemon.capture.git_state import submodule_urls
 from tests.harness.sample_agent.builder import run_git
 
 
@@ -298,7 +300,7 @@ def test_an_index_that_is_written_into_is_not_taken_for_the_one_of_the_cut(
     index = memdir / ".git/index"
     with opened(memdir) as repository:
         reading = repository.reading()
-        index.write_bytes(index.read_bytes())
+        index.write_bytes(index.read_bytes() + b"\0")
         with pytest.raises(RepositoryUnreadable, match="written into"):
             repository.write_bundle(reading, scratch)
 
@@ -420,6 +422,19 @@ def test_a_fifo_in_the_place_of_a_file_keeps_nobody_waiting(memdir: Path, scratc
 def made(directory: Path) -> Path:
     directory.mkdir()
     return directory
+
+
+def test_an_index_that_would_take_all_memory_is_refused(memdir: Path, scratch: Path) -> None:
+    """Each of its paths is a thousand directories deep, and shares none with the others."""
+    entries = [Entry(b"%d" % number + b"/d" * 2000, 0o100644, bytes(20)) for number in range(400)]
+    (memdir / ".git/index").write_bytes(index_bytes(entries))
+    with opened(memdir) as repository, pytest.raises(RepositoryUnreadable, match="too many directories"):
+        repository.write_bundle(repository.reading(), scratch)
+
+
+def test_gitmodules_of_any_shape_are_read_in_no_time() -> None:
+    assert submodule_urls(b"[s]\npath=x" + b" " * 1_000_000 + b"y\n" + b"=" * 1_000_000) == {}
+    assert submodule_urls(b'[submodule "a"]\n\tPath = "a b"\n\turl=../c?d\n') == {b"a b": "../c?d"}
 
 
 # --- remotes --------------------------------------------------------------------------------------
