@@ -185,7 +185,7 @@ class _Collector:
         except RepositoryUnreadable as exc:
             self._sources.fail_repository(exc)
             return
-        self._capture.git = facts
+        self._capture.git = self._sources.repository.captured
         if written is not None:
             bundle, index = written
             self._add("git/memory.bundle", ArtifactKind.GIT_BUNDLE, bundle)
@@ -287,7 +287,9 @@ class _Collector:
 
     def _git_files(self) -> Iterable[str]:
         assert self._spec.memdir is not None
-        for path in sorted((self._spec.memdir / ".git").rglob("*")):
+        git = self._spec.memdir / ".git"
+        # Of a linked work tree `.git` is a file that says where the repository is: outside, mostly.
+        for path in [git, *sorted(git.rglob("*"))]:
             if path.is_file() and not path.is_symlink():
                 yield self._spec.relative(path)
 

@@ -419,6 +419,17 @@ def test_a_fifo_in_the_place_of_a_file_keeps_nobody_waiting(memdir: Path, scratc
         repository.write_bundle(repository.reading(), scratch)
 
 
+@pytest.mark.parametrize("name", [".", "HEAD", "shallow", "packed-refs", "objects/info/alternates"])
+def test_a_fifo_that_libgit2_would_wait_for_is_refused(memdir: Path, name: str) -> None:
+    path = memdir / ".git" / name
+    if name == ".":
+        path.rename(memdir / "git")
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    with pytest.raises(RepositoryUnreadable, match="neither a file nor a directory"), opened(memdir):
+        pass
+
+
 def made(directory: Path) -> Path:
     directory.mkdir()
     return directory
