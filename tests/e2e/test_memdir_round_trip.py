@@ -160,6 +160,22 @@ def test_a_shallow_clone_comes_back_shallow_and_sound(host: Host, memdir: Path) 
     assert run_git(restored, "log", "--format=%s").splitlines() == ["second", "first"]
 
 
+def test_a_partial_clone_comes_back_with_what_it_had_and_says_what_it_lacks(host: Host, memdir: Path) -> None:
+    write(memdir / "note.md", "second\n")
+    run_git(memdir, "commit", "--quiet", "--all", "--message=second")
+    run_git(memdir, "config", "uploadpack.allowFilter", "true")
+    whole = host.home / "whole"
+    memdir.rename(whole)
+    run_git(host.home, "clone", "--quiet", "--filter=blob:none", whole.as_uri(), str(memdir))
+    configure(host)
+    record = host.document("snapshot")
+    assert record["complete"] is True
+    assert host.manifest(record["snapshot_id"])["git"]["missing_objects"] > 0
+    done = host.agentkeep("restore", record["snapshot_id"], "--to", host.home / "back", expecting=3)
+    assert "partial clone" in " ".join(done.stdout.split())
+    assert run_git(host.home / "back/memdir", "show", "HEAD:note.md") == "second\n"
+
+
 def test_remotes_are_shown_without_credentials_and_not_configured(host: Host, memdir: Path) -> None:
     run_git(memdir, "remote", "add", "origin", "https://me:secret@example.net/memory.git")
     restored = snapshot_and_restore(host, memdir)
