@@ -140,10 +140,10 @@ def within_a_transaction(root: Path) -> bool:
 
 @dataclass(frozen=True)
 class Shown:
-    """What a bundle shows: the counter of each store in `STORES`, and all its plain files."""
+    """What a bundle shows: the counter of each store, in the order of `STORES`, and all its plain files."""
 
     manifest: Manifest
-    values: tuple[int, ...]
+    counters: dict[str, int]
     files: Path
 
     @property
@@ -151,12 +151,16 @@ class Shown:
         return self.manifest.consistency.level == "point_in_time"
 
     @property
+    def values(self) -> tuple[int, ...]:
+        return tuple(self.counters.values())
+
+    @property
     def steps(self) -> int:
         """How many steps the agent had done at that instant."""
         return sum(self.values)
 
     def __str__(self) -> str:
-        values = ", ".join(f"{name} {value}" for name, value in zip(STORES, self.values, strict=True))
+        values = ", ".join(f"{name} {value}" for name, value in self.counters.items())
         return f"{self.manifest.snapshot_id}: {self.manifest.consistency} of {values}"
 
 
@@ -166,15 +170,13 @@ def read_back(bundle: Path, scratch: Path) -> Shown:
     manifest, unsound = unpack(LocalBundle(bundle), scratch, identities=())
     assert unsound == ()
     assert manifest.complete, manifest.failures
-    repository = scratch / "repository"
-    run_git(scratch, "clone", "--quiet", "--mirror", "git/memory.bundle", str(repository))
-    run_git(repository, "fsck", "--strict")
     read = {name: _value_of_database(scratch / "sqlite" / name) for name in DATABASES}
-    read[LOG] = _value_of_log(scratch / "files" / LOG)
-    read["note"] = _value_of_file(scratch / "memory_files" / NOTE)
-    read["commit"] = _value_of_repository(repository)
-    read[CURSOR] = _value_of_file(scratch / "files" / CURSOR)
-    return Shown(manifest, tuple(read[name] for name in STORES), scratch / "files")
+    if manifest.git is not None:
+        read[LOG] = _value_of_log(scratch / "files" / LOG)
+        read["note"] = _value_of_file(scratch / "memory_files" / NOTE)
+        read["commit"] = _value_of_repository(scratch)
+        read[CURSOR] = _value_of_file(scratch / "files" / CURSOR)
+    return Shown(manifest, {name: read[name] for name in STORES if name in read}, scratch / "files")
 
 
 def _value_of_database(path: Path) -> int:
@@ -198,7 +200,10 @@ def _value_of_file(path: Path) -> int:
     return value_of_document(path.read_bytes()) if path.exists() else 0
 
 
-def _value_of_repository(repository: Path) -> int:
+def _value_of_repository(scratch: Path) -> int:
+    repository = scratch / "repository"
+    run_git(scratch, "clone", "--quiet", "--mirror", "git/memory.bundle", str(repository))
+    run_git(repository, "fsck", "--strict")
     counter = value_of_commit(run_git(repository, "log", "-1", "--format=%s", "main"))
     if counter:
         assert value_of_document(run_git(repository, "show", f"main:{NOTE}").encode()) >= counter

@@ -49,17 +49,21 @@ class Store(Protocol):
     def close(self) -> None: ...
 
 
-def open_stores(root: Path, *, journal_mode: str, busy_seconds: float, pause: Pause) -> dict[str, Store]:
-    """All stores of the agent at `root`, made or brought in order after a crash; by name, in order.
+def open_stores(
+    root: Path, *, journal_mode: str, busy_seconds: float, pause: Pause, only_databases: bool = False
+) -> dict[str, Store]:
+    """The stores of the agent at `root`, made or brought in order after a crash; by name, in order.
 
     pause: called in the middle of a transaction and of a line, so that a kill meets them half done.
     """
     for directory in (MEMDIR, "sessions", "state", "db"):
         (root / directory).mkdir(parents=True, exist_ok=True)
-    databases = {
+    databases: dict[str, Store] = {
         name: Database(root / name, journal_mode=journal_mode, busy_seconds=busy_seconds, pause=pause)
         for name in DATABASES
     }
+    if only_databases:
+        return databases
     others: dict[str, Store] = {
         LOG: Log(root / LOG, pause=pause),
         "note": Document(root / MEMDIR / NOTE),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ import pytest
 from daemon.model import AgentSpec, SnapshotRecord
 from daemon.snapshots import Sealing, Store, take_snapshot
 from tests.stress.agents import Killer, Shown, read_back, within_a_line, within_a_transaction, writing
-from tests.stress.stores import CHATTER, MEMDIR, is_an_instant, make_bystanders
+from tests.stress.stores import CHATTER, DATABASES, MEMDIR, STORES, is_an_instant, make_bystanders
 
 SNAPSHOTS = int(os.environ.get("AGENTKEEP_STRESS_SNAPSHOTS", "25"))
 KILLS = 4
@@ -48,8 +48,9 @@ def take_many(
     ]
 
 
-def assert_instants(shown: list[Shown], *, at_least: float) -> None:
-    """Whatever says that it is an instant is one; the others name what moved; most are of the former."""
+def assert_instants(shown: list[Shown], *, at_least: float, stores: Sequence[str] = STORES) -> None:
+    """Whatever says that it is an instant is one; the others name what moved; so many are of the former."""
+    assert all(tuple(one.counters) == tuple(stores) for one in shown)
     instants = [one for one in shown if one.is_point_in_time]
     mixtures = [str(one) for one in instants if not is_an_instant(one.values)]
     assert not mixtures, "\n".join(mixtures)
@@ -94,6 +95,15 @@ def test_an_agent_that_never_rests_is_never_shown_as_a_mixture(root: Path) -> No
     with writing(root, "--pause-ms=1"):
         shown = take_many(root, snapshots=SNAPSHOTS // 3)
     assert_instants(shown, at_least=0.0)
+
+
+def test_databases_that_are_written_to_at_full_speed_are_never_shown_as_a_mixture(root: Path) -> None:
+    """Thousands of commits in a second, and none between two that a snapshot shows: what quiet there is comes
+    from SQLite's checkpoints."""
+    with writing(root, "--only-databases", "--pause-ms=0", *PATIENT):
+        shown = take_many(root)
+    assert_instants(shown, at_least=0.0, stores=DATABASES)
+    assert shown[-1].steps > len(shown)
 
 
 def test_a_rollback_journal_agent_is_shown_as_of_one_instant_where_it_is_said_to_be(root: Path) -> None:

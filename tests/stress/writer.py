@@ -25,6 +25,7 @@ class Writer:
 
     def __init__(self, stores: dict[str, Store], *, pause_ms: float) -> None:
         self._stores = stores
+        self._order = [name for name in STORES if name in stores]
         self._pause_ms = pause_ms
         self._is_stopping = False
         self.longest_commit_ms = 0.0
@@ -36,11 +37,12 @@ class Writer:
     def run(self) -> None:
         while not self._is_stopping:
             # Of all steps so far the next one's place in the order follows: after a crash, too.
-            counter, number = divmod(self.done, len(STORES))
+            counter, number = divmod(self.done, len(self._order))
             self.begun = self.done + 1
-            self._raise(STORES[number], counter + 1)
+            self._raise(self._order[number], counter + 1)
             self.done = self.begun
-            time.sleep(random.uniform(0, self._pause_ms / 1000))
+            if self._pause_ms:
+                time.sleep(random.uniform(0, self._pause_ms / 1000))
 
     def _raise(self, name: str, counter: int) -> None:
         started = time.perf_counter()
@@ -67,6 +69,7 @@ def main() -> int:
         arguments.root,
         journal_mode=arguments.journal_mode,
         busy_seconds=arguments.busy_seconds,
+        only_databases=arguments.only_databases,
         pause=lambda: time.sleep(random.uniform(0, pause_s)) if arguments.dawdle else None,
     )
     writer = Writer(stores, pause_ms=arguments.pause_ms)
@@ -98,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--busy-seconds", type=float, default=0.0)
     parser.add_argument("--pause-ms", type=float, default=15.0, help="the longest pause; they are random")
     parser.add_argument("--dawdle", action="store_true", help="pause within transactions and lines, too")
+    parser.add_argument("--only-databases", action="store_true", help="leave the other stores alone")
     parser.add_argument("--chatter", action="store_true", help="append to another log every millisecond")
     return parser
 
