@@ -114,7 +114,7 @@ def take_snapshot(
     since its latest complete snapshot, that one is noted as still current (`unchanged_at_ms`) and returned.
     Raises AgentNotFound, BusyError, ConfigError (recipients), NotOneInstant, RefusedError, LocalWriteError.
     """
-    from daemon.capture import take_cut  # slow to import, and not for those who only look at a store
+    from daemon.capture import take_cut_unless  # slow to import, and not for those who only look at a store
 
     label = None if label is None else presentable(label)
     recipients = parse_recipients(sealing.recipients)  # first of all: no capture that could not be sealed
@@ -125,50 +125,64 @@ def take_snapshot(
         ) as scratch,
         durable.translating_os_errors("write the snapshot below", store.state_dir),
     ):
-        if unless_unchanged:
-            current = _still_current(store, spec, scratch, sealing=sealing, destinations=destinations)
-            if current is not None:
-                return current
-        capture = take_cut(spec, scratch, options=sealing.cut)
-        bundle = scratch / "bundle"
-        key = BundleKey(
-            spec.tenant,
-            spec.agent_id,
-            new_snapshot_id(at_ms=capture.created_at_ms),
-            encrypted=bool(recipients),
-        )
-        sha256 = _write(bundle, key, capture, recipients, sealing=sealing, label=label, created_by=created_by)
-        record = SnapshotRecord(
-            key=key,
-            created_at_ms=capture.created_at_ms,
+        latest = _latest_of_use(store, spec, destinations) if unless_unchanged else None
+        looked_at_ms = time.time_ns() // 1_000_000
+
+        def is_current(fingerprint: str) -> bool:
+            return latest is not None and latest.fingerprint == _basis(fingerprint, sealing)
+
+        capture = take_cut_unless(is_current, spec, scratch, options=sealing.cut)
+        if capture is None:
+            assert latest is not None
+            store.catalog.note_unchanged(latest.snapshot_id, at_ms=looked_at_ms)
+            return store.catalog.find(latest.snapshot_id)
+        record = _seal(
+            scratch / "bundle",
+            capture,
+            recipients,
+            sealing=sealing,
+            destinations=destinations,
             label=label,
-            complete=capture.is_complete,
-            consistency=capture.consistency,
-            size_bytes=bundle.stat().st_size,
-            sha256=sha256,
-            content_bytes=capture.content_bytes,
-            failures=tuple(capture.failures),
-            uploads={name: Upload(UploadState.PENDING) for name in destinations},
-            fingerprint=_basis(capture.fingerprint, sealing),
+            created_by=created_by,
         )
-        _put_in_place(store, record, bundle, destinations)
+        _put_in_place(store, record, scratch / "bundle", destinations)
     return record
 
 
-def _still_current(
-    store: Store, spec: AgentSpec, scratch: Path, *, sealing: Sealing, destinations: Sequence[str]
-) -> SnapshotRecord | None:
-    """The latest complete snapshot, noted as current, if a new one would hold and reach the same."""
-    from daemon.capture import fingerprint_now
+def _seal(
+    bundle: Path,
+    capture: Capture,
+    recipients: list[Any],
+    *,
+    sealing: Sealing,
+    destinations: Sequence[str],
+    label: str | None,
+    created_by: str,
+) -> SnapshotRecord:
+    """Write a capture to `bundle`, and what the catalog is to know of it."""
+    spec, created_at_ms = capture.spec, capture.created_at_ms
+    snapshot_id = new_snapshot_id(at_ms=created_at_ms)
+    key = BundleKey(spec.tenant, spec.agent_id, snapshot_id, encrypted=bool(recipients))
+    sha256 = _write(bundle, key, capture, recipients, sealing=sealing, label=label, created_by=created_by)
+    return SnapshotRecord(
+        key=key,
+        created_at_ms=created_at_ms,
+        label=label,
+        complete=capture.is_complete,
+        consistency=capture.consistency,
+        size_bytes=bundle.stat().st_size,
+        sha256=sha256,
+        content_bytes=capture.content_bytes,
+        failures=tuple(capture.failures),
+        uploads={name: Upload(UploadState.PENDING) for name in destinations},
+        fingerprint=_basis(capture.fingerprint, sealing),
+    )
 
+
+def _latest_of_use(store: Store, spec: AgentSpec, destinations: Sequence[str]) -> SnapshotRecord | None:
+    """The latest complete snapshot, if it is where a new one would go."""
     latest = store.catalog.latest(spec.tenant, spec.agent_id)
-    if latest is None or latest.fingerprint is None or not _is_kept(store, latest, destinations):
-        return None
-    at_ms = time.time_ns() // 1_000_000
-    if _basis(fingerprint_now(spec, scratch), sealing) != latest.fingerprint:
-        return None
-    store.catalog.note_unchanged(latest.snapshot_id, at_ms=at_ms)
-    return store.catalog.find(latest.snapshot_id)
+    return latest if latest is not None and _is_kept(store, latest, destinations) else None
 
 
 def _is_kept(store: Store, record: SnapshotRecord, destinations: Sequence[str]) -> bool:

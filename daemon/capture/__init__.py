@@ -6,6 +6,6 @@ caller owns.
 """
 
 from daemon.capture.collect import Capture, CapturedArtifact
-from daemon.capture.cut import CutOptions, fingerprint_now, take_cut
+from daemon.capture.cut import CutOptions, take_cut, take_cut_unless
 
-__all__ = ["Capture", "CapturedArtifact", "CutOptions", "fingerprint_now", "take_cut"]
+__all__ = ["Capture", "CapturedArtifact", "CutOptions", "take_cut", "take_cut_unless"]

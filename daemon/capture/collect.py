@@ -62,7 +62,7 @@ class Capture:
     root_mode: int | None = None
     memdir_mode: int | None = None
     fingerprint: str | None = None
-    """Equal to what `fingerprint_now` gives later: nothing has changed since. None: that cannot be told."""
+    """What is known by it later has not changed since (fingerprint.py). None: that cannot be told."""
     git: GitFacts | None = None
     schema_versions: dict[str, int] = field(default_factory=dict)
     cut_logs: dict[str, int] = field(default_factory=dict)

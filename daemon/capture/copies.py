@@ -61,7 +61,7 @@ class DatabaseCopies:
             jobs = [
                 (path, pool.submit(self._copy_as_pinned, database, self._new_target(), held_since))
                 for path, database in databases
-                if database.is_pinned
+                if database.is_pinned and not self._is_dealt_with(path)
             ]
         for path, job in jobs:
             self._keep(path, job.result)
@@ -69,7 +69,7 @@ class DatabaseCopies:
     def copy_rest(self, databases: Iterable[tuple[str, PinnedDatabase]]) -> None:
         """Copy what has no copy yet in some state of its own, in short steps. Raises OSError (no room)."""
         for path, database in databases:
-            if path not in self.done and path not in self.failures:
+            if not self._is_dealt_with(path):
                 self.moved.add(path)
                 self._keep(path, partial(self._copy_unpinned, database, self._new_target()))
 
@@ -80,6 +80,9 @@ class DatabaseCopies:
         self.done.clear()
         self.moved.clear()
         self.failures.clear()
+
+    def _is_dealt_with(self, path: str) -> bool:
+        return path in self.done or path in self.failures
 
     def _new_target(self) -> Path:
         self._serial += 1

@@ -29,6 +29,7 @@ import math
 import os
 import random
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -48,7 +49,21 @@ class CutOptions:
 
 
 def take_cut(spec: AgentSpec, scratch: Path, *, options: CutOptions | None = None) -> Capture:
-    """Capture an agent into `scratch`, an empty private directory.
+    """Capture an agent into `scratch`, an empty private directory. Raises as `take_cut_unless`."""
+    capture = take_cut_unless(None, spec, scratch, options=options)
+    assert capture is not None
+    return capture
+
+
+def take_cut_unless(
+    is_known: Callable[[str], bool] | None,
+    spec: AgentSpec,
+    scratch: Path,
+    *,
+    options: CutOptions | None = None,
+) -> Capture | None:
+    """Capture an agent into `scratch`, an empty private directory; None if its fingerprint is a known one, of
+    an earlier capture that would be no different. To tell takes milliseconds, however large the agent is.
 
     Raises AgentNotFound (nothing where the agent should live), NotOneInstant (and `spec` wants no less),
     RefusedError (larger than `spec` allows) and OSError (our own side: scratch is full). Whatever cannot be
@@ -68,6 +83,10 @@ def take_cut(spec: AgentSpec, scratch: Path, *, options: CutOptions | None = Non
     with ExitStack() as stack:
         frozen = stack.enter_context(Frozen(spec))
         sources = OpenSources(spec, staged, stack)
+        if is_known is not None and (now := sources.fingerprint_now()) is not None and is_known(now):
+            frozen.thaw()
+            if not frozen.failures:  # else it has to be seen, and only a snapshot is
+                return None
         copies = DatabaseCopies(copied, copy_options)
         held = _hold_one_instant(sources, copies, options)
         capture = Capture(spec=spec, created_at_ms=held.created_at_ms, consistency=held.consistency)
@@ -86,13 +105,6 @@ def take_cut(spec: AgentSpec, scratch: Path, *, options: CutOptions | None = Non
             " `require_point_in_time`",
         )
     return capture
-
-
-def fingerprint_now(spec: AgentSpec, scratch: Path) -> str | None:
-    """What a capture's fingerprint is compared with: that of the agent as it is now, or None if there is
-    none. `scratch` is an empty private directory. Milliseconds, however large the agent is."""
-    with ExitStack() as stack:
-        return OpenSources(with_memdir(spec), scratch, stack).fingerprint_now()
 
 
 def with_memdir(spec: AgentSpec) -> AgentSpec:

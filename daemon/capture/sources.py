@@ -37,6 +37,7 @@ _BURNING_NS = 2_000_000_000
 _MOST_BURNING_FILES = 16
 _BURNING_BYTES = 64 << 10
 _LOG_PASSES = 20
+_SMALLEST_MAP_BYTES = 4096
 
 GIT = ".git"
 """Under this name the repository's failures and movements are kept, beside paths of files."""
@@ -91,6 +92,7 @@ class OpenSources:
         """What the commands of state values printed last, by name."""
         self.unprovable: set[str] = set()
         """Files that some process has mapped to write to."""
+        self._asked_for_maps: set[tuple[int, int]] = set()
         self._scanner = Scanner(spec)
         self._seen: set[str] = set()
         self._hot: set[str] = set()
@@ -189,6 +191,7 @@ class OpenSources:
         moved |= before.databases.keys() ^ self.scan.databases.keys()
         moved |= self._unopened()
         moved |= _unequal(before.symlinks, self.scan.symlinks)
+        moved |= _unequal(before.directories, self.scan.directories)
         return moved | self._changed_values()
 
     def settle(self, moved: set[str]) -> None:
@@ -366,8 +369,7 @@ class OpenSources:
             for path, signature in candidates.items()
             if signature.ctime_ns > now_ns - _HOT_NS
         ]
-        # A file that is mapped and written to gets a new mtime whenever it was written back, so it is here.
-        self.unprovable = mapped_for_writing({path: candidates[path] for _, path in lately})
+        self._look_for_maps({path: candidates[path] for _, path in lately})
         hottest = nlargest(_MOST_HOT_FILES, lately)
         self._hot_logs = [path for _, path in hottest if is_append_only(path)]
         self._hot = {path for _, path in hottest} - set(self._hot_logs)
@@ -379,6 +381,20 @@ class OpenSources:
             and candidates[path].size_bytes <= _BURNING_BYTES
         ]
         self._burning = set(burning[:_MOST_BURNING_FILES])
+
+    def _look_for_maps(self, lately: Mapping[str, Signature]) -> None:
+        """A file that is mapped and written to gets a new mtime whenever it was written back, so it is among
+        those that were written to lately. Each is looked for once: every process has to be asked."""
+        unknown = {
+            path: signature
+            for path, signature in lately.items()
+            if signature.size_bytes >= _SMALLEST_MAP_BYTES
+            and not is_append_only(path)
+            and signature.identity not in self._asked_for_maps
+        }
+        if unknown:
+            self.unprovable |= mapped_for_writing(unknown)
+            self._asked_for_maps |= {signature.identity for signature in unknown.values()}
 
     def _check_size(self) -> None:
         limit_bytes = self.spec.max_agent_bytes

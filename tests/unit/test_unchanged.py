@@ -214,3 +214,28 @@ def test_no_database_is_opened_to_see_that_nothing_changed(store: Store, root: P
         path.unlink()  # what our own connections left, empty
     snapshot(store, root)
     assert list(root.glob("*.sqlite-*")) == []
+
+
+def test_what_before_brings_to_disk_is_seen(store: Store, root: Path, tmp_path: Path) -> None:
+    """An agent that writes what it knows only when it is told to hold still."""
+    (tmp_path / "known").write_text("1\n")
+    flush = ("cmp", "-s", str(tmp_path / "known"), "notes/known.md")
+    script = f"{' '.join(flush)} || cp {tmp_path / 'known'} notes/known.md"
+    spec = spec_of(root, before=("sh", "-c", script))
+    record = settled(store, root, spec=spec)
+    (tmp_path / "known").write_text("2\n")
+    assert snapshot(store, root, spec=spec).snapshot_id != record.snapshot_id
+
+
+def test_an_agent_that_may_still_hold_still_is_told_of_though_nothing_changed(
+    store: Store, root: Path, tmp_path: Path
+) -> None:
+    thaw = tmp_path / "thaw"
+    thaw.touch()
+    spec = spec_of(root, after=("test", "-e", str(thaw)))
+    record = settled(store, root, spec=spec)
+    thaw.unlink()
+    alarm = snapshot(store, root, spec=spec)
+    assert alarm.snapshot_id != record.snapshot_id
+    assert not alarm.complete
+    assert [failure.source for failure in alarm.failures] == ["command 'after'"]
