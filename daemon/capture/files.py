@@ -123,7 +123,9 @@ class Staging:
         try:
             with open_quietly(self._root / path) as source:
                 now = Signature.of(os.fstat(source))
-                if now.size_bytes < signature.size_bytes or not _only_grew(path, staged, signature, source):
+                if now.identity != signature.identity or now.size_bytes < signature.size_bytes:
+                    return False
+                if not _only_grew(path, staged, signature, source):
                     return False
                 with staged.copy.open("r+b") as stream:
                     grown = (staged.signature.size_bytes, signature.size_bytes)
@@ -137,14 +139,17 @@ class Staging:
 
     def settle(self, paths: Iterable[str]) -> None:
         """Give files that never held still for their signature a copy that is one state all the same: two
-        readings in a row are equal. What does not come to that is in `failures`, and its copy is dropped.
+        readings in a row are equal, its absence being one. What does not come to that is in `failures`, and
+        its copy is dropped.
         """
         for path in paths:
             deadline = time.monotonic() + _SETTLE_SECONDS
             previous, digest = None, self._restage(path)
-            while digest is not None and (digest != previous or self.is_half_written(path)):
+            while digest is None or digest != previous or self.is_half_written(path):
+                if path in self.failures:
+                    break
                 if time.monotonic() > deadline:
-                    if digest != previous:
+                    if digest is None or digest != previous:
                         self._give_up(path)
                     break
                 time.sleep(_SETTLE_PAUSE_SECONDS)
@@ -159,12 +164,13 @@ class Staging:
         )
 
     def _restage(self, path: str) -> str | None:
-        """Copy a file anew, whatever its signature; a digest of the copy, or None if there is none."""
+        """Copy a file anew, whatever its signature; a digest of the copy, "" if there is no file, None if it
+        was cut short meanwhile."""
         self._drop(path)
         self.update(signatures(self._root, [path]))
         staged = self.files.get(path)
         if staged is None:
-            return None
+            return None if os.path.lexists(self._root / path) else ""
         with staged.copy.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -268,7 +274,12 @@ def _extents(source: int, offset: int, end: int) -> Iterator[tuple[int, int]]:
             if exc.errno == errno.ENXIO:  # nothing but a hole from here
                 return
             raise
-        offset = os.lseek(source, start, os.SEEK_HOLE)
+        try:
+            offset = os.lseek(source, start, os.SEEK_HOLE)
+        except OSError as exc:
+            if exc.errno != errno.ENXIO:
+                raise
+            offset = end  # cut short just now: reading finds that out
         yield start, min(offset, end)
 
 
