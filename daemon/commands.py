@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 _WITHHELD = ("AGENTKEEP_", "AWS_", "CREDENTIALS_DIRECTORY", "NOTIFY_SOCKET")
 _STDERR = 2
-_LOOK_SECONDS = 0.1
+_LOOK_SECONDS = 0.05
 
 
 class CommandFailed(Exception):
