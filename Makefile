@@ -13,7 +13,7 @@ WORKERS ?= 2
 help:
 	@echo "make demo   a sample agent, a real S3 server, a lost host, a recovery: two minutes"
 	@echo "make test   everything that has to hold: lint, types, imports, all tests"
-	@echo "make soak   200 snapshots of each kind of busy agent, each proven one instant: ten minutes"
+	@echo "make soak   200 snapshots of each kind of busy agent, each proven one instant: two minutes"
 	@echo "make bench  peak memory and times with a 700 MB agent"
 	@echo "make lock   resolve the dependencies anew into the lock files"
 	@echo "make clean  remove what the above have made"

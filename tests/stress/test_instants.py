@@ -1,7 +1,7 @@
 """Every snapshot that says `point_in_time` shows one instant, whatever the agent does meanwhile.
 
 A writer raises one counter store after store; snapshots are taken as fast as they come while it works; then
-every bundle is read back. `make test` takes 25 snapshots of each kind of agent, `make soak` 200: the
+every bundle is read back. `make test` takes 25 snapshots of most kinds of agents, `make soak` 200: the
 environment variable AGENTKEEP_STRESS_SNAPSHOTS says how many.
 """
 
