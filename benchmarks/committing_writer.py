@@ -4,9 +4,9 @@ PAUSE_MS: between commits; 0 is as fast as it can. SYNCHRONOUS: SQLite's. PHASE 
 column of the histogram a commit counts for; the last value ends the writer. Rows take turns in a table of
 fixed size, so that the database does not grow. At the end the writer prints its histograms.
 
-Its busy timeout is Python's own, and waiting counts. With none at all, SQLite refuses a commit once in some
-hundred thousand where anybody reads beside it: a reader that meets the WAL's index half written takes the
-writer's lock to look again (walIndexReadHdr in wal.c).
+Its busy timeout is Python's own, and waiting counts. With none at all, a commit was refused within a few
+hundred thousand where somebody else read beside it, agentkeep or not: probably by a reader that meets the
+WAL's index half written and takes the writer's lock to look again (walIndexReadHdr in SQLite's wal.c).
 """
 
 from __future__ import annotations
