@@ -37,7 +37,6 @@ _BURNING_NS = 2_000_000_000
 _MOST_BURNING_FILES = 16
 _BURNING_BYTES = 64 << 10
 _LOG_PASSES = 20
-_SMALLEST_MAP_BYTES = 4096
 
 GIT = ".git"
 """Under this name the repository's failures and movements are kept, beside paths of files."""
@@ -201,7 +200,8 @@ class OpenSources:
         moved_files = (moved | self.unprovable) & there
         logs = {path for path in moved_files if is_append_only(path)}
         self.staging.update(signatures(self.spec.root, logs))
-        self.staging.settle(sorted(moved_files - logs))
+        unstaged = logs - self.staging.files.keys()
+        self.staging.settle(sorted(moved_files - logs | unstaged))
 
     def pin(self) -> set[str]:
         """Pin every database; the names of those whose writer is in the way."""
@@ -276,14 +276,16 @@ class OpenSources:
         return self.scan.databases.keys() - self.databases.keys() - self.failures.keys()
 
     def missed(self) -> dict[str, Failure]:
-        """Databases that were there when the snapshot began and are not in its cut, or came during it."""
+        """Databases that were there when the snapshot began and are not in its cut, and whatever came during
+        it and is there without a copy."""
+        unstaged = self.scan.files.keys() - self.staging.files.keys() - self.staging.failures.keys()
         return self._vanished() | {
             path: Failure(
                 source=str(self.spec.root / path),
-                reason="appeared during the snapshot, which never found a quiet moment to open it",
+                reason="appeared during the snapshot, which never found a quiet moment for it",
                 hint="take the snapshot again",
             )
-            for path in self._unopened()
+            for path in (*self._unopened(), *signatures(self.spec.root, unstaged))
         }
 
     def _vanished(self) -> dict[str, Failure]:
@@ -388,9 +390,7 @@ class OpenSources:
         unknown = {
             path: signature
             for path, signature in lately.items()
-            if signature.size_bytes >= _SMALLEST_MAP_BYTES
-            and not is_append_only(path)
-            and signature.identity not in self._asked_for_maps
+            if signature.size_bytes and signature.identity not in self._asked_for_maps
         }
         if unknown:
             self.unprovable |= mapped_for_writing(unknown)

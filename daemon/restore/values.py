@@ -30,6 +30,6 @@ def give_values_back(
                 timeout_seconds=spec.command_timeout_seconds,
                 stdin=(parts / member_path(name)).read_bytes(),
             )
-        except CommandFailed as exc:
+        except (CommandFailed, OSError) as exc:  # all else is in place by now, and has to be reported
             remaining.append(f"{name} ({exc})")
     return tuple(remaining)

@@ -68,7 +68,8 @@ def test_only_the_s3_backend_knows_boto3() -> None:
 
 
 def test_only_the_git_halves_of_capture_and_restore_know_libgit2() -> None:
-    assert importers_of("pygit2") == {"daemon/capture/git.py", "daemon/restore/git.py"}
+    halves = {"daemon/capture/git.py", "daemon/capture/git_objects.py", "daemon/restore/git.py"}
+    assert importers_of("pygit2") == halves
 
 
 def test_only_one_module_knows_pyrage() -> None:

@@ -19,6 +19,7 @@ from daemon.capture.sqlite import (
     check_copy,
     empty_tables,
     open_database,
+    tables_in_raw_bytes,
 )
 from tests.unit.test_capture import digests, dump_of, files_not_larger_than, run_sql
 
@@ -247,6 +248,24 @@ SECRETS: dict[str, tuple[list[str], int]] = {
         ["PRAGMA journal_mode = WAL", "CREATE TABLE auth (x)", rows("auth", 500, SECRET)],
         500,
     ),
+    "rows that were longer once": (
+        [
+            "PRAGMA secure_delete = OFF",
+            "CREATE TABLE auth (id INTEGER PRIMARY KEY, x, y)",
+            rows("auth", 1000, f"i, {SECRET}, 1"),
+            "UPDATE auth SET y = hex(zeroblob(80))",
+        ],
+        1000,
+    ),
+    "pages that were let go": (
+        [
+            "PRAGMA secure_delete = OFF",
+            "CREATE TABLE auth (x)",
+            rows("auth", 5000, f"{SECRET} || i"),
+            "DELETE FROM auth WHERE rowid > 10",
+        ],
+        10,
+    ),
     "auto-vacuum": (
         [
             "PRAGMA auto_vacuum = FULL",
@@ -291,6 +310,51 @@ def test_no_byte_of_the_rows_is_left_in_the_copy(copy: Path, statements: list[st
     assert (after[:24], sorted(copy.parent.glob(f"{copy.name}-*"))) == (header[:24], [])
     with closing(sqlite3.connect(f"file:{copy}?mode=ro&immutable=1", uri=True)) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+
+
+def test_a_collation_that_only_the_agent_knows_is_no_reason_to_keep_rows(copy: Path) -> None:
+    run_sql(
+        copy,
+        "CREATE TABLE auth (x)",
+        rows("auth", 100, SECRET),
+        "CREATE INDEX i ON auth (x)",
+        "PRAGMA writable_schema = ON",
+        "UPDATE sqlite_schema SET sql = 'CREATE INDEX i ON auth (x COLLATE mine)' WHERE name = 'i'",
+    )
+    assert empty_tables(copy, ["auth"]) == {"auth": 100}
+    assert needles(copy) == 0
+
+
+def test_no_word_of_a_full_text_table_is_left_in_its_index(copy: Path) -> None:
+    run_sql(copy, "CREATE VIRTUAL TABLE auth USING fts5 (x)", "INSERT INTO auth VALUES ('hunterseventeen')")
+    assert b"hunterseventeen" in copy.read_bytes()
+    assert empty_tables(copy, ["auth"]) == {"auth": 1}
+    assert b"hunterseventeen" not in copy.read_bytes()
+    with closing(sqlite3.connect(copy)) as connection:
+        connection.execute("INSERT INTO auth VALUES ('another')")
+        assert connection.execute("SELECT x FROM auth WHERE auth MATCH 'another'").fetchall() == [
+            ("another",)
+        ]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "CREATE TABLE auth (x)",
+        'create table if not exists "auth" (x)',
+        "CREATE TABLE [auth](x)",
+        "CREATE VIRTUAL TABLE auth USING fts5 (x)",
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16le", "utf-16be"])
+def test_tables_are_found_in_the_raw_bytes_of_what_cannot_be_opened(
+    tmp_path: Path, statement: str, encoding: str
+) -> None:
+    path = tmp_path / "raw"
+    for start in (0, (1 << 20) - 20):  # also where two readings meet
+        path.write_bytes(bytes(start) + statement.encode(encoding) + bytes(100))
+        assert tables_in_raw_bytes(path, ["AUTH", "nothing"]) == {"auth"}
+        assert tables_in_raw_bytes(path, ["aut"]) == set()
 
 
 def test_every_other_page_is_as_it_was(copy: Path) -> None:
