@@ -237,7 +237,11 @@ def file_lock(path: Path, *, what: str, timeout_seconds: float = 0.0) -> Iterato
                     hint="wait for it to finish, or give a longer lock_timeout_seconds",
                 )
             time.sleep(0.05)
-        yield
+        try:
+            yield
+        finally:
+            # A child that another thread is just starting has the descriptor too, until its exec.
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
     finally:
         os.close(descriptor)
 

@@ -166,16 +166,23 @@ class LiveDatabase(PinnedDatabase):
         _backup(self._connection(), target, source=self.path, deadline=deadline)
 
     def copy_unpinned(self, target: Path) -> None:
-        """Copy in short steps, each holding its lock for milliseconds; SQLite starts over when a writer
-        came between, so the copy is one state. Raises DatabaseUnreadable, OSError."""
+        """With WAL from a pin of its own, which keeps no writer waiting. Without, in short steps that hold
+        their lock for milliseconds; SQLite starts over when a writer came between, so the copy is one state.
+        Raises DatabaseUnreadable, OSError."""
         self.release()
         try:
+            if self.is_wal:
+                self.pin()
             self.copy_to(target, deadline=time.monotonic() + _UNPINNED_LIMIT_SECONDS)
         except PinExpired as exc:
             raise DatabaseUnreadable(
                 f"written to so steadily that no whole copy was had in {_UNPINNED_LIMIT_SECONDS:.0f} s",
                 hint="turn WAL on in the agent (PRAGMA journal_mode=WAL), or snapshot when it is idle",
             ) from exc
+        except sqlite3.Error as exc:
+            raise explain(exc, self.path) from exc
+        finally:
+            self.release()
 
     def is_outdated(self) -> bool:
         try:

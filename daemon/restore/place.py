@@ -298,13 +298,18 @@ def _make_symlinks(manifest: Manifest, tree: Path, layout: Layout) -> list[str]:
         except (FileExistsError, NotADirectoryError) as exc:
             raise MalformedBundle(f"a symlink lies below a file: {place[:200]!r}") from exc
         # Below another symlink it would lie elsewhere, where `..` leads elsewhere too.
-        if os.path.lexists(link) or link.parent.resolve() != tree.resolve() / Path(place).parent:
+        if os.path.lexists(link) or _real(link.parent) != _real(tree) / Path(place).parent:
             raise MalformedBundle(f"a symlink wants the place of something else: {place[:200]!r}")
         link.symlink_to(target)
-        if not link.resolve().is_relative_to(tree.resolve()):  # by way of another link
+        if not _real(link).is_relative_to(_real(tree)):  # by way of another link
             link.unlink()
             left.append(f"{symlink.path} (a symlink that leads out, to {os.fsencode(target)!r})")
     return left
+
+
+def _real(path: Path) -> Path:
+    """As `resolve`, which does not take links that lead in circles."""
+    return Path(os.path.realpath(path))
 
 
 def _target_of(symlink: Symlink) -> str:

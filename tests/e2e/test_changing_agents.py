@@ -45,7 +45,9 @@ def snapshot_with(host: Host, happening: Callable[[], None], *, expecting: int) 
         staged = len(list(files_below(scratch / "staged")))
         return 0 < staged < FILES
 
-    with frozen(lambda: host.started("--json", "snapshot", "--force"), is_staging, "the middle of staging") as running:
+    with frozen(
+        lambda: host.started("--json", "snapshot", "--force"), is_staging, "the middle of staging"
+    ) as running:
         happening()
         running.send(signal.SIGCONT)
         done = running.wait()

@@ -24,7 +24,9 @@ def agent(host: Host) -> Path:
 def test_a_second_snapshot_of_an_agent_is_told_that_it_is_busy(host: Host, agent: Path) -> None:
     host.configure({"ana": f"root = {quoted(agent)}"}, top="lock_timeout_seconds = 0")
     under_way = lambda: bool(leftovers(host.state / "scratch"))  # noqa: E731
-    with frozen(lambda: host.started("--json", "snapshot", "--force"), under_way, "a snapshot under way") as first:
+    with frozen(
+        lambda: host.started("--json", "snapshot", "--force"), under_way, "a snapshot under way"
+    ) as first:
         before = host.snapshots()
         second = host.document("snapshot", expecting=75)
         assert second["error"]["kind"] == "BusyError"

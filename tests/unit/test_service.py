@@ -215,7 +215,8 @@ def test_an_agent_that_does_nothing_is_looked_at_and_no_bundle_is_written(
     assert len(store.catalog.snapshots()) <= 2
     *_, current = store.catalog.snapshots()
     assert current.current_at > current.created_at
-    assert f"INFO snapshot.unchanged agent=default/ana snapshot={current.snapshot_id}" in capfd.readouterr().err
+    said = f"INFO snapshot.unchanged agent=default/ana snapshot={current.snapshot_id}"
+    assert said in capfd.readouterr().err
 
 
 # --- the outbox -------------------------------------------------------------------------------------------
