@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -16,7 +17,7 @@ from daemon.capture.copies import DatabaseCopies
 from daemon.capture.files import StagedFile, Staging, signatures, whole_lines_bytes
 from daemon.capture.git import RepositoryUnreadable
 from daemon.capture.sources import GIT, OpenSources
-from daemon.capture.sqlite import tables_in_raw_bytes
+from daemon.capture.sqlite import open_copy, tables_in_raw_bytes
 from daemon.model import (
     AgentSpec,
     ArtifactKind,
@@ -108,14 +109,14 @@ class _Collector:
         self._memdir = self._spec.relative(self._spec.memdir) if self._spec.memdir else None
 
     def run(self, *, held_since: float, let_go: Callable[[], None]) -> None:
-        for source in self._spec.states:
-            self._collect_state(source)
         self._copies.copy_pinned(self._sources.wanted(), held_since=held_since)
         self._sources.release()
         self._copies.copy_rest(self._sources.wanted())
         fingerprint = self._sources.fingerprint_held()
         let_go()
         self._collect_databases()
+        for source in self._spec.states:
+            self._collect_state(source)
         self._collect_git()
         self._collect_files()
         self._collect_failures()
@@ -252,14 +253,13 @@ class _Collector:
                 return state.check_json(stream.read(state.MAX_STATE_BYTES + 1))
         if source.sqlite is not None:
             assert source.query is not None
-            database = self._sources.databases.get(self._sources.path_of(source.sqlite))
-            if database is None:
-                raise state.StateUnreadable("its database cannot be opened")
-            return state.query_rows(database.connection(), source.query, agent_id=self._spec.agent_id)
-        printed = self._sources.command_values[source.name]
-        if isinstance(printed, state.StateUnreadable):
-            raise printed
-        return printed
+            copy = self._copies.done.get(self._sources.path_of(source.sqlite))
+            if copy is not None:
+                with closing(open_copy(copy.file)) as connection:
+                    return state.query_rows(connection, source.query, agent_id=self._spec.agent_id)
+            missing = state.StateUnreadable("its database cannot be opened")
+            return _or_raise(self._sources.rows.get(source.name, missing))
+        return _or_raise(self._sources.command_values[source.name])
 
     # --- what could not be captured ---------------------------------------------------------------
 
@@ -314,6 +314,12 @@ class _Collector:
     def _secrets_in(self, file: StagedFile) -> set[str]:
         patterns = self._spec.secret_tables
         return tables_in_raw_bytes(file.copy, patterns) if patterns else set()
+
+
+def _or_raise(value: bytes | state.StateUnreadable) -> bytes:
+    if isinstance(value, state.StateUnreadable):
+        raise value
+    return value
 
 
 def _mode_of(directory: Path | None) -> int | None:

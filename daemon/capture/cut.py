@@ -186,8 +186,9 @@ def _attempt(sources: OpenSources, copies: DatabaseCopies, *, is_last: bool) -> 
     window_ms = math.ceil((time.monotonic() - since) * 1000)
     moved |= unsteady | before.differences(after)
     if is_last or not moved:
-        copies.copy_pinned(sources.waited_for(), held_since=since)
         moved |= sources.keep(before, logs)
+        copies.copy_pinned(sources.waited_for(), held_since=since)
+        sources.read_outside_rows()
         moved |= sources.moved_since_staged()
     return _Attempt(since, window_ms, created_at_ms, moved)
 

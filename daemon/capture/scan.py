@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from daemon.capture.patterns import Patterns, directories_of
 from daemon.model import AgentSpec, Excluded, Failure, fixed_head, has_wildcard, presentable
 
 SQLITE_MAGIC = b"SQLite format 3\x00"
+RECENT_NS = 60_000_000_000
 SIDECARS = ("-wal", "-shm", "-journal")
 _SQLITE_SUFFIXES = (".sqlite", ".sqlite3", ".db3")
 _SMALLEST_PAGE_BYTES = 512
@@ -69,6 +72,10 @@ class Signature:
         return self.device, self.inode
 
 
+Listing = frozenset[tuple[str, str]]
+"""Names, each with what it is: a file, a directory, or a link by its target."""
+
+
 @dataclass(slots=True)
 class Scan:
     """Paths are relative to the agent's root, as `os.fsdecode` gives them.
@@ -77,11 +84,16 @@ class Scan:
     memdir's `.git`, only listed (its content is captured through libgit2)
     excluded: how many entries were left out on purpose, a directory that was not entered being one;
     examples: a few of their paths
+    marks: of every directory that was looked into; what comes, goes or is renamed in it moves its mtime
+    listings: of those that were moved within the last minute, what was wanted in them
     """
 
+    began_ns: int = field(default_factory=time.time_ns)
     files: dict[str, Signature] = field(default_factory=dict)
     databases: dict[str, Signature] = field(default_factory=dict)
     directories: dict[str, int] = field(default_factory=dict)
+    marks: dict[str, Signature] = field(default_factory=dict)
+    listings: dict[str, Listing] = field(default_factory=dict)
     symlinks: dict[str, str] = field(default_factory=dict)
     excluded: Counter[LeftOut] = field(default_factory=Counter)
     examples: dict[LeftOut, list[str]] = field(default_factory=dict)
@@ -163,6 +175,8 @@ class Scanner:
         pending = [start]
         while pending:
             directory = pending.pop()
+            self._mark(directory, found)
+            listing: set[tuple[str, str]] = set()
             for entry, path in self._entries(directory, found):
                 try:
                     if entry.is_dir(follow_symlinks=False):
@@ -170,13 +184,46 @@ class Scanner:
                             mode = entry.stat(follow_symlinks=False).st_mode
                             found.directories[path] = stat.S_IMODE(mode)
                             pending.append(path)
+                            listing.add((entry.name, "directory"))
                     elif self._wanted(path, found):
                         self._classify(path, entry.stat(follow_symlinks=False), found)
+                        listing.update(self._listed(entry, path))
                 except FileNotFoundError:
                     continue  # gone between listing and looking: the next reading decides
                 except OSError as exc:  # a directory may be open to be listed and not to be entered
                     found.failures[directory] = self._closed(directory, exc)
                     break
+            if directory in found.listings:
+                found.listings[directory] = frozenset(listing)
+
+    def _mark(self, directory: str, found: Scan) -> None:
+        """Note how a directory is before it is looked into, and whether it was moved lately."""
+        with suppress(OSError):  # gone, or closed: looking into it says so
+            found.marks[directory] = mark = Signature.of(os.stat(self._at(directory)))  # noqa: PTH116
+            if max(mark.mtime_ns, mark.ctime_ns) > found.began_ns - RECENT_NS:
+                found.listings[directory] = frozenset()
+
+    def _listed(self, entry: os.DirEntry[str], path: str) -> Iterator[tuple[str, str]]:
+        """Sidecars come and go with connections, ours among them, and are read through their database."""
+        if entry.is_symlink():
+            yield entry.name, f"link to {os.readlink(self._at(path))}"  # noqa: PTH115  exact bytes
+        elif not self._is_sidecar(path):
+            yield entry.name, "file"
+
+    def listing(self, directory: str) -> Listing | None:
+        """What is wanted in a directory now, as a scan lists it; None if it cannot be looked into."""
+        found = Scan()
+        listing: set[tuple[str, str]] = set()
+        for entry, path in self._entries(directory, found):
+            try:
+                if entry.is_dir(follow_symlinks=False):
+                    if self._enters(path, found):
+                        listing.add((entry.name, "directory"))
+                elif self._wanted(path, found):
+                    listing.update(self._listed(entry, path))
+            except OSError:
+                return None
+        return None if found.failures else frozenset(listing)
 
     def _entries(self, directory: str, found: Scan) -> Iterator[tuple[os.DirEntry[str], str]]:
         try:

@@ -26,13 +26,13 @@ from daemon.capture.files import Staging, is_append_only, is_fresh, signatures
 from daemon.capture.fingerprint import database_signatures, fingerprint
 from daemon.capture.git import LiveRepository, RepositoryUnreadable
 from daemon.capture.mapped import mapped_for_writing
-from daemon.capture.scan import Scan, Scanner, Signature, open_quietly, spec_path
+from daemon.capture.scan import RECENT_NS, Listing, Scan, Scanner, Signature, open_quietly, spec_path
 from daemon.capture.sqlite import DatabaseUnreadable, PinnedDatabase, open_database
 from daemon.errors import RefusedError
 from daemon.model import AgentSpec, Failure, GitFacts
 
-_HOT_NS = 60_000_000_000
 _MOST_HOT_FILES = 100
+_MOST_HOT_DIRECTORIES = 50
 _BURNING_NS = 2_000_000_000
 _MOST_BURNING_FILES = 16
 _BURNING_BYTES = 64 << 10
@@ -57,6 +57,7 @@ class Moment:
     databases: dict[str, tuple[object, ...]]
     git: GitFacts | None
     hot_files: dict[str, HotFile]
+    directories: dict[str, Listing | None]
     unread: frozenset[str]
     """Databases that could not be read just then: busy, or gone."""
 
@@ -64,6 +65,7 @@ class Moment:
         """Names of the sources that are not provably the same in both."""
         moved = set(self.unread | other.unread)
         moved |= _unequal(self.databases, other.databases) | _unequal(self.hot_files, other.hot_files)
+        moved |= {f"{path}/" for path in _unequal(self.directories, other.directories)}
         if self.git != other.git:
             moved.add(GIT)
         return moved
@@ -89,6 +91,8 @@ class OpenSources:
         """The refs as they were read last."""
         self.command_values: dict[str, bytes | state.StateUnreadable] = {}
         """What the commands of state values printed last, by name."""
+        self.rows: dict[str, bytes | state.StateUnreadable] = {}
+        """What queries of databases that are not copied gave, by the name of their state value."""
         self.unprovable: set[str] = set()
         """Files that some process has mapped to write to."""
         self._asked_for_maps: set[tuple[int, int]] = set()
@@ -97,7 +101,8 @@ class OpenSources:
         self._hot: set[str] = set()
         self._burning: set[str] = set()
         self._hot_logs: list[str] = []
-        self._held = Moment({}, None, {}, frozenset())
+        self._hot_directories: list[str] = []
+        self._held = Moment({}, None, {}, {}, frozenset())
         self.repository = self._open_repository()
 
     def prepare(self) -> set[str]:
@@ -129,7 +134,8 @@ class OpenSources:
             except (sqlite3.Error, OSError):
                 unread.add(path)
         self.git = self._read_repository()
-        self._held = Moment(versions, self.git, self._read_hot_files(), frozenset(unread))
+        listings = {directory: self._scanner.listing(directory) for directory in self._hot_directories}
+        self._held = Moment(versions, self.git, self._read_hot_files(), listings, frozenset(unread))
         return self._held
 
     def _read_hot_files(self) -> dict[str, HotFile]:
@@ -158,6 +164,25 @@ class OpenSources:
             if not moved:
                 break
         return now, moved | (set(self._hot_logs) - now.keys())
+
+    def read_outside_rows(self) -> None:
+        """State values in databases that are not copied: read from their pins, which are let go at once."""
+        deadline = time.monotonic() + state.MAX_QUERY_SECONDS  # all of them: a writer may be waiting
+        copied = self.scan.databases.keys()
+        for source in self.spec.states:
+            if source.sqlite is None or source.query is None or self.path_of(source.sqlite) in copied:
+                continue
+            database = self.databases.get(self.path_of(source.sqlite))
+            if database is not None and database.is_pinned:
+                try:
+                    self.rows[source.name] = state.query_rows(
+                        database.connection(), source.query, agent_id=self.spec.agent_id, deadline=deadline
+                    )
+                except state.StateUnreadable as exc:
+                    self.rows[source.name] = exc
+        for path, database in self.databases.items():
+            if path not in copied:
+                database.release()
 
     def keep(self, moment: Moment, logs: dict[str, Signature]) -> set[str]:
         """Make the copies of hot files and logs what they were in the window; the names of those for which
@@ -191,7 +216,20 @@ class OpenSources:
         moved |= self._unopened()
         moved |= _unequal(before.symlinks, self.scan.symlinks)
         moved |= _unequal(before.directories, self.scan.directories)
+        moved |= {f"{path}/" for path in self._changed_directories(before)}
         return moved | self._changed_values()
+
+    def _changed_directories(self, before: Scan) -> set[str]:
+        """Directories in which something may have come and gone again between the looks. What is in hot ones
+        was seen at the moments; the others have to be as they were."""
+        now, hot = self.scan, set(self._hot_directories)
+        marks = _unequal(before.marks, now.marks)
+        fresh = {
+            path for path in before.listings if is_fresh("", before.marks[path], read_at_ns=before.began_ns)
+        }
+        # One that was let alone for so long by now that it is not listed any more is as it was.
+        seen = {path: now.listings.get(path, before.listings.get(path)) for path in hot}
+        return (marks | fresh) - hot | _unequal(seen, self._held.directories)
 
     def settle(self, moved: set[str]) -> None:
         """Before files that moved are kept all the same: see that each copy is one state of its file.
@@ -369,9 +407,11 @@ class OpenSources:
         lately = [
             (signature.ctime_ns, path)
             for path, signature in candidates.items()
-            if signature.ctime_ns > now_ns - _HOT_NS
+            if signature.ctime_ns > now_ns - RECENT_NS
         ]
         self._look_for_maps({path: candidates[path] for _, path in lately})
+        moved_lately = [(self.scan.marks[path].ctime_ns, path) for path in self.scan.listings]
+        self._hot_directories = [path for _, path in nlargest(_MOST_HOT_DIRECTORIES, moved_lately)]
         hottest = nlargest(_MOST_HOT_FILES, lately)
         self._hot_logs = [path for _, path in hottest if is_append_only(path)]
         self._hot = {path for _, path in hottest} - set(self._hot_logs)

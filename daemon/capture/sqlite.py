@@ -27,6 +27,7 @@ from typing import Any
 from urllib.parse import quote
 
 from daemon.capture.files import Staging, signatures
+from daemon.capture.scan import Signature
 
 _BUSY_TIMEOUT_MS = 250
 _STEP_PAGES = 512
@@ -51,6 +52,10 @@ class HotJournal(DatabaseUnreadable):
 
 class PinExpired(Exception):
     """The copy took longer than a pin may be held."""
+
+
+class PinBroken(PinExpired):
+    """The file was written to in spite of the pin."""
 
 
 class PinnedDatabase(ABC):
@@ -122,6 +127,7 @@ class LiveDatabase(PinnedDatabase):
         """Raises DatabaseUnreadable."""
         self.path = path
         self._pin: sqlite3.Connection | None = None
+        self._pinned_bytes: Signature | None = None
         try:
             _check_owner(path)
             self.identity = _identity(path)
@@ -144,12 +150,17 @@ class LiveDatabase(PinnedDatabase):
     def reading(self) -> tuple[object, ...]:
         if _identity(self.path) != self.identity:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(self.path))
-        return (_first(self._probe, "PRAGMA data_version"),)
+        return _first(self._probe, "PRAGMA data_version"), self._bytes_signature()
+
+    def _bytes_signature(self) -> Signature | None:
+        """Without WAL nobody who minds locks writes to the file while we hold it; some do not mind them."""
+        return None if self.is_wal else Signature.of(self.path.stat())
 
     def pin(self) -> None:
         connection = self._connection()
         connection.execute("BEGIN")
         _first(connection, "SELECT count(*) FROM sqlite_schema")  # BEGIN alone pins nothing
+        self._pinned_bytes = self._bytes_signature()
 
     def release(self) -> None:
         if self._pin is not None and self._pin.in_transaction:
@@ -164,6 +175,8 @@ class LiveDatabase(PinnedDatabase):
 
     def copy_to(self, target: Path, *, deadline: float) -> None:
         _backup(self._connection(), target, source=self.path, deadline=deadline)
+        if self.is_pinned and self._bytes_signature() != self._pinned_bytes:
+            raise PinBroken
 
     def copy_unpinned(self, target: Path) -> None:
         """With WAL from a pin of its own, which keeps no writer waiting. Without, in short steps that hold

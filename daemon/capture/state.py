@@ -13,6 +13,7 @@ from daemon.model import AgentSpec, StateSource
 
 MAX_STATE_BYTES = 4 << 20
 MAX_STATE_ROWS = 1000
+MAX_CELL_BYTES = 256 << 10
 MAX_QUERY_SECONDS = 1
 _PROGRESS_STEPS = 10_000
 
@@ -48,16 +49,19 @@ def command_value(source: StateSource, spec: AgentSpec) -> bytes | StateUnreadab
         return exc
 
 
-def query_rows(connection: sqlite3.Connection, query: str, *, agent_id: str) -> bytes:
+def query_rows(
+    connection: sqlite3.Connection, query: str, *, agent_id: str, deadline: float | None = None
+) -> bytes:
     """The rows of `query` as a JSON list of objects, column to value; blobs as {"base64": ...}.
 
-    `:agent` is bound to the agent's id. The connection is read-only and pinned to the cut.
-    Raises StateUnreadable.
+    `:agent` is bound to the agent's id. The connection is read-only, and pinned to the cut or to a copy of it.
+    deadline: of the monotonic clock; a second from now if it is not given. Raises StateUnreadable.
     """
-    deadline = time.monotonic() + MAX_QUERY_SECONDS
+    deadline = time.monotonic() + MAX_QUERY_SECONDS if deadline is None else deadline
     # The agent may have put anything under the name that is queried, an endless view included.
     connection.set_progress_handler(lambda: time.monotonic() > deadline, _PROGRESS_STEPS)
-    longest_bytes = connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_STATE_BYTES)
+    # The handler is not asked within a function, and some take the square of the length.
+    longest_bytes = connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_CELL_BYTES)
     try:
         cursor = connection.execute(query, {"agent": agent_id})
         rows = cursor.fetchmany(MAX_STATE_ROWS + 1)
