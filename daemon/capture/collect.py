@@ -107,6 +107,7 @@ class _Collector:
         self._capture = capture
         self._scratch = scratch
         self._memdir = self._spec.relative(self._spec.memdir) if self._spec.memdir else None
+        self._names: set[str] = set()
 
     def run(self, *, held_since: float, let_go: Callable[[], None]) -> None:
         self._copies.copy_pinned(self._sources.wanted(), held_since=held_since)
@@ -120,7 +121,9 @@ class _Collector:
         self._collect_git()
         self._collect_files()
         self._collect_failures()
-        if self._capture.is_complete and self._capture.consistency.level == "point_in_time":
+        # What a log was cut of is to be had as soon as its writer leaves it alone.
+        is_all = self._capture.is_complete and not self._capture.cut_logs
+        if is_all and self._capture.consistency.level == "point_in_time":
             self._capture.fingerprint = fingerprint
         self._capture.memdir = self._memdir
         self._capture.root_mode = _mode_of(self._spec.root)
@@ -141,6 +144,7 @@ class _Collector:
                 self._capture.cut_logs[name] = found_bytes
         mode = staged.signature.mode if staged else 0o600
         mtime_ns = staged.signature.mtime_ns if staged else None
+        self._names.add(name)
         self._capture.artifacts.append(CapturedArtifact(name, kind, size_bytes, mode, mtime_ns, copy))
         return name
 
@@ -268,11 +272,11 @@ class _Collector:
         for path, failure in sorted(self._all_failures().items()):
             if path in self._scan.databases:
                 self._sources.forget(path)  # nothing of ours has it open while its bytes are read
-                self._fail(failure, [path, f"{path}-wal", f"{path}-journal"])
+                self._fail(failure, [path, f"{path}-wal", f"{path}-journal"], is_database=True)
             elif path == GIT:
                 self._fail(failure, list(self._git_files()))
             elif path in self._scan.suspects or path in self._scan.files:
-                self._fail(failure, [path])
+                self._fail(failure, [path], is_database=path in self._scan.suspects)
             else:
                 self._fail(failure, [])
 
@@ -293,17 +297,15 @@ class _Collector:
             if path.is_file() and not path.is_symlink():
                 yield self._spec.relative(path)
 
-    def _fail(self, failure: Failure, raw: list[str]) -> None:
+    def _fail(self, failure: Failure, raw: list[str], *, is_database: bool = False) -> None:
         """Record a failure; what of `raw` can be read goes into the bundle's `opaque/` as it is."""
         keeping = Staging(self._spec.root, self._room(f"opaque-{len(self._capture.failures)}"))
-        there = {artifact.path_in_bundle for artifact in self._capture.artifacts}
-        kept_already = tuple(_opaque(path) for path in raw if _opaque(path) in there)
-        wanted = [path for path in raw if _opaque(path) not in there]
+        kept_already = tuple(_opaque(path) for path in raw if _opaque(path) in self._names)
+        wanted = [path for path in raw if _opaque(path) not in self._names]
         keeping.refresh(signatures(self._spec.root, wanted))
-        tables = {name for file in keeping.files.values() for name in self._secrets_in(file)}
-        if tables:
+        if is_database and (secrets := self._secrets_in(keeping)):
             keeping.refresh({})
-            why = f"its raw bytes are not kept, since they may hold {', '.join(sorted(tables))}"
+            why = f"its raw bytes are not kept, since they may hold {secrets}"
             failure = failure.model_copy(update={"hint": f"{failure.hint}; {why}"})
         kept = tuple(
             self._add(_opaque(path), ArtifactKind.OPAQUE, staged.copy, staged=staged)
@@ -311,9 +313,15 @@ class _Collector:
         )
         self._capture.failures.append(failure.model_copy(update={"kept_as": (*kept_already, *kept)}))
 
-    def _secrets_in(self, file: StagedFile) -> set[str]:
+    def _secrets_in(self, keeping: Staging) -> str:
+        """Which tables of secrets the raw bytes of a database may hold: any, where they name no table."""
         patterns = self._spec.secret_tables
-        return tables_in_raw_bytes(file.copy, patterns) if patterns else set()
+        if not patterns or not keeping.files:
+            return ""
+        found = [tables_in_raw_bytes(file.copy, patterns) for file in keeping.files.values()]
+        if all(tables is None for tables in found):
+            return "tables of secrets"
+        return ", ".join(sorted(set().union(*filter(None, found))))
 
 
 def _or_raise(value: bytes | state.StateUnreadable) -> bytes:

@@ -223,10 +223,11 @@ def is_fresh(path: str, signature: Signature, *, read_at_ns: int) -> bool:
     whole_seconds = signature.mtime_ns % 1_000_000_000 == 0 and signature.ctime_ns % 1_000_000_000 == 0
     tick_ns = _COARSE_TICK_NS if whole_seconds else _TICK_NS
     changed_ns = max(signature.mtime_ns, signature.ctime_ns)
-    # A time far in the future is a wrong clock or a planted mtime: ctime alone decides then.
+    # A time far in the future is a wrong clock or a planted mtime: ctime alone decides then. If that is far
+    # in the future too, the clock went back, and whatever changes now gets another ctime.
     if signature.mtime_ns > read_at_ns + _COARSE_TICK_NS:
         changed_ns = signature.ctime_ns
-    return changed_ns > read_at_ns - tick_ns
+    return read_at_ns - tick_ns < changed_ns <= read_at_ns + _COARSE_TICK_NS
 
 
 def _only_grew(path: str, staged: StagedFile, now: Signature, source: int) -> bool:

@@ -8,6 +8,7 @@ an mtime and no content.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +32,8 @@ def fingerprint(
     """The digest. files: of the scan, and those of state values; databases: with their sidecars, as
     `database_signatures` gives them; values: what the commands of state values printed."""
     digest = hashlib.sha256(repr((spec, git)).encode("utf-8", "backslashreplace"))
-    for facts in (files, databases, scan.directories, scan.symlinks, values):
+    modes = {path: mark.mode for path, mark in scan.marks.items()}
+    for facts in (files, databases, modes, scan.directories, scan.symlinks, values):
         for item in sorted(facts.items()):
             digest.update(repr(item).encode("utf-8", "backslashreplace"))
         digest.update(b"\0")
@@ -44,8 +46,7 @@ def database_signatures(root: Path, paths: Iterable[str]) -> dict[str, Signature
     """
     paths = list(paths)
     sidecars = signatures(root, [path + suffix for path in paths for suffix in _SIDECARS])
-    return signatures(root, paths) | {
-        path: replace(signature, ctime_ns=signature.mtime_ns)
-        for path, signature in sidecars.items()
-        if signature.size_bytes > 0
-    }
+    found = {path: signature for path, signature in sidecars.items() if signature.size_bytes > 0}
+    if os.geteuid() == 0:
+        found = {path: replace(item, ctime_ns=item.mtime_ns) for path, item in found.items()}
+    return signatures(root, paths) | found

@@ -9,6 +9,7 @@ end by itself.
 
 from __future__ import annotations
 
+from threading import Thread
 from typing import Self
 
 from daemon.commands import CommandFailed, run_command
@@ -36,10 +37,21 @@ class Frozen:
         self.thaw()
 
     def thaw(self) -> None:
-        """Run `after`. Idempotent."""
-        if self._is_frozen:
-            self._is_frozen = False
-            self._run("after", self._spec.after)
+        """Run `after` to its end, whatever signal comes meanwhile. Idempotent."""
+        if not self._is_frozen:
+            return
+        self._is_frozen = False
+        # On a thread of its own: what a signal raises, it raises in the main thread.
+        running = Thread(target=self._run, args=("after", self._spec.after))
+        interruption: BaseException | None = None
+        running.start()
+        while running.is_alive():
+            try:
+                running.join()
+            except BaseException as exc:  # noqa: BLE001  raised again as soon as the agent may go on
+                interruption = exc
+        if interruption is not None:
+            raise interruption
 
     def _run(self, name: str, argv: tuple[str, ...]) -> None:
         if not argv:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import stat
 from collections.abc import Collection
 from contextlib import suppress
 from itertools import count
@@ -55,10 +54,6 @@ pygit2.settings.set_extensions(["partialclone", "relativeworktrees"])
 _KEPT_UNDER = "refs/agentkeep"
 _MAX_LINKS = 5  # as many symbolic refs as git follows
 _MAX_GITMODULES_BYTES = 1 << 20
-_READ_AT_THE_OPENING = (
-    *("HEAD", "config", "config.worktree", "commondir", "gitdir", "shallow", "packed-refs"),
-    "objects/info/alternates",
-)
 
 _Signature = tuple[int, ...]
 
@@ -90,7 +85,7 @@ class LiveRepository:
         """What the bundle that was written last holds: the facts for a manifest."""
         self._index: int | None = None
         self._index_signature: _Signature | None = None
-        _refuse_what_waits(memdir / ".git")
+        _refuse_what_waits(memdir)
         try:
             self._repository = pygit2.Repository(str(memdir), pygit2.enums.RepositoryOpenFlag.NO_SEARCH)
         except (pygit2.GitError, OSError, KeyError, ValueError) as exc:
@@ -208,17 +203,10 @@ class LiveRepository:
         self._repository.free()
 
 
-def _refuse_what_waits(git: Path) -> None:
-    """A FIFO in the place of a file that libgit2 reads at the opening would hold us for ever."""
-    for path in (git, *(git / name for name in _READ_AT_THE_OPENING)):
-        try:
-            mode = path.stat().st_mode
-        except OSError:  # not there, or no directory
-            continue
-        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-            raise RepositoryUnreadable(
-                f"{path.name} is neither a file nor a directory", hint="remove it, then run `git fsck`"
-            )
+def _refuse_what_waits(memdir: Path) -> None:
+    """A FIFO in the place of a file that libgit2 reads would hold us, and every other thread, for ever."""
+    for path in git_state.what_waits(memdir / ".git"):
+        raise RepositoryUnreadable(f"{path} is a FIFO or a device", hint="remove it, then run `git fsck`")
 
 
 def _made_objects(odb: pygit2.Odb, facts: GitReading, entries: list[Entry]) -> dict[str, str]:

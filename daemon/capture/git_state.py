@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from daemon.model import (
@@ -33,9 +33,14 @@ _REFLOG_LINE = re.compile(
     rb"[0-9a-f]{40} (?P<oid>[0-9a-f]{40}) (?P<name>[^<>]*?) ?<(?P<email>[^<>]*)> (?P<time>[0-9]{1,15})"
     rb" (?P<offset>[+-][0-9]{4})(?:\t(?P<message>.*))?"
 )
-_USERINFO = re.compile(r"(://)[^/?#\s]*@")
-_SSH_USER = re.compile(r"ssh://[\w.-]+@[^/?#@\s]*(?:/|\Z)")
-_PARAMETERS = re.compile(r"(://[^?#]*)[?#].*")
+_HELPER = re.compile(r"([A-Za-z0-9+.-]+)::(.*)", re.DOTALL)
+_RUNS_COMMANDS = ("ext", "fd")
+_WITH_AUTHORITY = re.compile(r"((?:[A-Za-z][A-Za-z0-9+.-]*:)?//)([^/?#]*)(.*)", re.DOTALL)
+_SSH_USER = re.compile(r"[\w.-]+@[^@\s]*")
+_HOST = re.compile(r"(?:[\w.-]*|\[[0-9A-Fa-f:.%]+\])(?::[0-9]*)?")
+_SCP_CREDENTIALS = re.compile(r"[^/]*:[^/]*@(?=[^/@]*:)")
+_PARAMETERS = re.compile(r"[?#;].*", re.DOTALL)
+_INCLUDED = re.compile(rb"""path\s*=\s*"?([^"]+?)"?""", re.IGNORECASE)
 
 
 def open_regular(path: Path) -> int | None:
@@ -48,6 +53,50 @@ def open_regular(path: Path) -> int | None:
         os.close(descriptor)
         return None
     return descriptor
+
+
+def what_waits(dot_git: Path) -> Iterator[Path]:
+    """FIFOs and devices among all that reading a repository may touch: itself, the directory that it shares
+    with others, its alternates, and files that its configuration includes."""
+    if _is_odd(dot_git):
+        yield dot_git
+        return
+    own = dot_git
+    if dot_git.is_file():  # it says where the repository is
+        text = _read(dot_git, _MAX_LINE_CHARS) or b""
+        own = dot_git.parent / os.fsdecode(text.strip().removeprefix(b"gitdir:").strip())
+    common = common_directory(own)
+    listed = _lines(common / "objects/info/alternates")
+    alternates = [common / "objects" / os.fsdecode(line) for line in listed if line and line[:1] != b"#"]
+    for tree in dict.fromkeys([own, common, *alternates]):
+        yield from _odd_below(tree)
+    for line in _lines(common / "config"):
+        if match := _INCLUDED.fullmatch(line.strip()):
+            path = common / Path(os.fsdecode(match[1])).expanduser()
+            if _is_odd(path):
+                yield path
+
+
+def _odd_below(tree: Path) -> Iterator[Path]:
+    pending = [tree]
+    while pending:
+        try:
+            with os.scandir(pending.pop()) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        pending.append(Path(entry.path))
+                    elif not entry.is_file(follow_symlinks=False) and _is_odd(Path(entry.path)):
+                        yield Path(entry.path)
+        except OSError:  # not there, or not for us to look into: libgit2 will say so
+            continue
+
+
+def _is_odd(path: Path) -> bool:
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)
 
 
 def read_stash(common: Path) -> tuple[GitStashEntry, ...]:
@@ -165,11 +214,19 @@ def submodule_urls(gitmodules: bytes) -> dict[bytes, str]:
 
 
 def without_credentials(url: str) -> str:
-    """`url` without user, password and parameters: any of them may be a token. The user of an SSH server
-    is none, and stays."""
-    if not _SSH_USER.match(url):
-        url = _USERINFO.sub(r"\1", url)
-    return _PARAMETERS.sub(r"\1", url)
+    """`url` without user, password and parameters: any of them may be a token, and so may any word of a
+    command that a remote helper runs. The user of an SSH server is none, and stays."""
+    if helper := _HELPER.fullmatch(url):
+        name, inner = helper.groups()
+        return f"{name}::" if name in _RUNS_COMMANDS else f"{name}::{without_credentials(inner)}"
+    if parts := _WITH_AUTHORITY.fullmatch(url):
+        scheme, authority, path = parts.groups()
+        if not (scheme == "ssh://" and _SSH_USER.fullmatch(authority)):
+            authority = authority.rpartition("@")[2]
+            if not _HOST.fullmatch(authority):  # a password with a slash in it, most likely
+                authority, path = path.rpartition("@")[2].partition("/")[0], ""
+        return scheme + authority + _PARAMETERS.sub("", path)
+    return _SCP_CREDENTIALS.sub("", url)
 
 
 def one_line(raw: bytes) -> str:

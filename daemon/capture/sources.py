@@ -426,15 +426,15 @@ class OpenSources:
 
     def _look_for_maps(self, lately: Mapping[str, Signature]) -> None:
         """A file that is mapped and written to gets a new mtime whenever it was written back, so it is among
-        those that were written to lately. Each is looked for once: every process has to be asked."""
+        those that were written to lately. Each is looked for once in each state: every process is asked."""
         unknown = {
             path: signature
             for path, signature in lately.items()
-            if signature.size_bytes and signature.identity not in self._asked_for_maps
+            if signature.size_bytes and (signature.inode, signature.ctime_ns) not in self._asked_for_maps
         }
         if unknown:
             self.unprovable |= mapped_for_writing(unknown)
-            self._asked_for_maps |= {signature.identity for signature in unknown.values()}
+            self._asked_for_maps |= {(item.inode, item.ctime_ns) for item in unknown.values()}
 
     def _check_size(self) -> None:
         limit_bytes = self.spec.max_agent_bytes

@@ -27,7 +27,7 @@ from typing import Any
 from urllib.parse import quote
 
 from daemon.capture.files import Staging, signatures
-from daemon.capture.scan import Signature
+from daemon.capture.scan import SIDECARS, Signature
 
 _BUSY_TIMEOUT_MS = 250
 _STEP_PAGES = 512
@@ -129,7 +129,7 @@ class LiveDatabase(PinnedDatabase):
         self._pin: sqlite3.Connection | None = None
         self._pinned_bytes: Signature | None = None
         try:
-            _check_owner(path)
+            _check_files(path)
             self.identity = _identity(path)
             self._probe = _open_read_only(path)
         except OSError as exc:
@@ -154,7 +154,8 @@ class LiveDatabase(PinnedDatabase):
 
     def _bytes_signature(self) -> Signature | None:
         """Without WAL nobody who minds locks writes to the file while we hold it; some do not mind them."""
-        return None if self.is_wal else Signature.of(self.path.stat())
+        name = self.path.name
+        return None if self.is_wal else signatures(self.path.parent, [name]).get(name)
 
     def pin(self) -> None:
         connection = self._connection()
@@ -443,9 +444,9 @@ _RAW_CHUNK_BYTES = 1 << 20
 _LONGEST_STATEMENT_HEAD_BYTES = 512
 
 
-def tables_in_raw_bytes(file: Path, patterns: Iterable[str]) -> set[str]:
+def tables_in_raw_bytes(file: Path, patterns: Iterable[str]) -> set[str] | None:
     """The tables matching one of `patterns` whose making is spelled out in a database that cannot be opened,
-    or in its sidecar. Raises OSError."""
+    or in its sidecar; None if no table's making is. Raises OSError."""
     names: set[str] = set()
     tail = b""
     with file.open("rb") as stream:
@@ -454,7 +455,7 @@ def tables_in_raw_bytes(file: Path, patterns: Iterable[str]) -> set[str]:
             found = _CREATES_TABLE.findall((tail + chunk).replace(b"\0", b""))
             names.update(b"".join(groups).decode("utf-8", "replace") for groups in found)
             tail = chunk[-_LONGEST_STATEMENT_HEAD_BYTES:]
-    return _matching(names, patterns)
+    return _matching(names, patterns) if names else None
 
 
 def _empty_table(connection: sqlite3.Connection, table: str) -> int:
@@ -531,11 +532,15 @@ def _vanished() -> DatabaseUnreadable:
     return DatabaseUnreadable("vanished during the snapshot", hint=_AGAIN_HINT, may_pass=True)
 
 
-def _check_owner(path: Path) -> None:
+def _check_files(path: Path) -> None:
+    """SQLite opens a database and its sidecars with no regard for what they are, and waits for a FIFO."""
     try:
         owner = path.stat().st_uid
     except FileNotFoundError as exc:
         raise _vanished() from exc
+    for name in (path, *(path.with_name(f"{path.name}{suffix}") for suffix in SIDECARS)):
+        if name.exists() and not name.is_file():
+            raise DatabaseUnreadable(f"{name.name} is no file", hint=f"find out what made {name}; remove it")
     if owner != os.geteuid():
         raise DatabaseUnreadable(
             f"belongs to user id {owner}, and agentkeep runs as {os.geteuid()}",

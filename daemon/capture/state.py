@@ -54,7 +54,7 @@ def query_rows(
 ) -> bytes:
     """The rows of `query` as a JSON list of objects, column to value; blobs as {"base64": ...}.
 
-    `:agent` is bound to the agent's id. The connection is read-only, and pinned to the cut or to a copy of it.
+    `:agent` is bound to the agent's id. The connection is read-only, and pinned to the cut or to a copy.
     deadline: of the monotonic clock; a second from now if it is not given. Raises StateUnreadable.
     """
     deadline = time.monotonic() + MAX_QUERY_SECONDS if deadline is None else deadline

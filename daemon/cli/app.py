@@ -499,7 +499,9 @@ class _Terminated(BaseException):
 
 def main() -> NoReturn:
     """Run the command line and exit with its code."""
-    signal.signal(signal.SIGTERM, _raise_terminated)
+    # A terminal that is closed, or a ctrl-\\, is to tidy up too: an agent may be held still.
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, _raise_terminated)
     host = Host()
     arguments = sys.argv[1:] or ["--help"]
     code = _guarded(lambda: app(arguments, obj=host, standalone_mode=False), host)

@@ -13,6 +13,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from daemon.capture import Capture, CutOptions, take_cut
 from daemon.capture.copies import CopyOptions, DatabaseCopies
 from daemon.capture.cut import _attempt as attempt_to_hold
 from daemon.capture.sources import OpenSources
+from daemon.capture.sqlite import PinExpired, open_database
 from daemon.errors import AgentNotFound, ExitCode, NotOneInstant, RefusedError
 from daemon.model import AgentSpec, ArtifactKind, StateSource, from_member_name
 from tests.e2e.commands import wait_until
@@ -770,6 +772,109 @@ def test_raw_bytes_that_may_hold_a_table_of_secrets_are_not_kept(root: Path) -> 
     assert kept == {str(root / "plain.sqlite"): ("opaque/plain.sqlite",), str(root / "secret.sqlite"): ()}
     assert "auth_profiles" in next(f.hint for f in capture.failures if "secret" in f.source)
     assert set(contents(capture)) == {"opaque/plain.sqlite"}
+
+
+def test_what_comes_and_goes_between_two_looks_is_found_in_the_window(still: OpenSources, root: Path) -> None:
+    """At the instant of the pins it is there, and neither before nor after."""
+    original = still.read
+
+    def read() -> object:
+        (root / "mark.md").write_bytes(b"here")
+        try:
+            return original()
+        finally:
+            (root / "mark.md").unlink()
+
+    still.read = read  # type: ignore[method-assign, assignment]
+    assert "./" in moved_in_an_attempt(still, lambda: None)
+
+
+def test_a_link_that_is_another_one_only_in_the_window_is_found(still: OpenSources, root: Path) -> None:
+    (root / "link").symlink_to("000.md")
+    wait_until(lambda: not moved_in_an_attempt(still, lambda: None), "a quiet moment")
+    original = still.read
+
+    def relink(target: str) -> None:
+        (root / "beside").symlink_to(target)
+        (root / "beside").rename(root / "link")
+
+    def read() -> object:
+        relink("001.md")
+        try:
+            return original()
+        finally:
+            relink("000.md")
+
+    still.read = read  # type: ignore[method-assign, assignment]
+    assert "./" in moved_in_an_attempt(still, lambda: None)
+
+
+def test_a_database_that_is_rewritten_in_spite_of_its_lock_is_found(root: Path, tmp_path: Path) -> None:
+    """By who does not lock: a program that keeps its database in memory and writes all of it out."""
+    path = root / "memory.sqlite"
+    run_sql(path, "CREATE TABLE t (x)", "INSERT INTO t VALUES (zeroblob(9000000))")
+    whole = path.read_bytes()
+    (tmp_path / "scratch").mkdir()
+    with closing(open_database(path, tmp_path / "scratch")) as database:
+        before = database.reading()
+        database.pin()
+        subprocess.run(["dd", f"of={path}", "conv=notrunc", "status=none"], input=whole, check=True)
+        with pytest.raises(PinExpired):
+            database.copy_to(tmp_path / "copy", deadline=float("inf"))
+        database.release()
+        assert database.reading() != before
+
+
+def test_a_state_value_is_of_the_same_instant_as_its_database(root: Path) -> None:
+    path = root / "memory.sqlite"
+    run_sql(path, "CREATE TABLE t (n)", "INSERT INTO t VALUES (0)")
+    script = (
+        "import sqlite3, sys, time\n"
+        "db = sqlite3.connect(sys.argv[1], isolation_level=None, timeout=30)\n"
+        "print(flush=True)\n"
+        "while True: db.execute('UPDATE t SET n = n + 1'); time.sleep(0.005)\n"
+    )
+    source = StateSource("cursor", sqlite=path, query="SELECT n FROM t")
+    with subprocess.Popen([sys.executable, "-c", script, path], stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None
+        writer.stdout.readline()
+        try:
+            captures = [captured(root, states=(source,)) for _ in range(8)]
+        finally:
+            writer.kill()
+    for number, capture in enumerate(captures):
+        copy = root.parent / f"copy-{number}"
+        copy.write_bytes(contents(capture)["sqlite/memory.sqlite"])
+        with closing(sqlite3.connect(f"file:{copy}?immutable=1", uri=True)) as connection:
+            (n,) = connection.execute("SELECT n FROM t").fetchone()
+        assert json.loads(contents(capture)["state/cursor.json"]) == [{"n": n}]
+
+
+@pytest.mark.parametrize("suffix", ["-journal", "-wal", "-shm"])
+def test_a_fifo_beside_a_database_keeps_nobody_waiting(root: Path, suffix: str) -> None:
+    run_sql(root / "memory.sqlite", "CREATE TABLE t (x)")
+    os.mkfifo(root / f"memory.sqlite{suffix}")
+    capture = captured_anyhow(root)
+    assert "is no file" in " ".join(failure.reason for failure in capture.failures)
+
+
+def test_a_fifo_where_a_state_value_should_be_keeps_nobody_waiting(root: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    source = StateSource("cursor", sqlite=tmp_path / "fifo", query="SELECT 1")
+    (root / "note.md").write_bytes(b"a note")
+    capture = captured_anyhow(root, states=(source,))
+    assert not capture.is_complete
+    assert contents(capture) == {"files/note.md": b"a note"}
+
+
+def test_a_clock_that_went_back_does_not_cost_the_instant(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(30):
+        (root / f"{number}.md").write_bytes(b"a note")
+    real = time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: real() - 3_600_000_000_000)
+    assert captured(root).consistency.level == "point_in_time"
 
 
 # --- our own side -----------------------------------------------------------------------------------------

@@ -355,6 +355,8 @@ def test_tables_are_found_in_the_raw_bytes_of_what_cannot_be_opened(
         path.write_bytes(bytes(start) + statement.encode(encoding) + bytes(100))
         assert tables_in_raw_bytes(path, ["AUTH", "nothing"]) == {"auth"}
         assert tables_in_raw_bytes(path, ["aut"]) == set()
+    path.write_bytes(b"nothing is made here")
+    assert tables_in_raw_bytes(path, ["*"]) is None
 
 
 def test_every_other_page_is_as_it_was(copy: Path) -> None:

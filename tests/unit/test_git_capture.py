@@ -408,25 +408,29 @@ def test_objects_that_only_a_stale_head_names_may_be_gone(memdir: Path, scratch:
     assert "ORIG_HEAD" not in run_git(memdir, "bundle", "list-heads", str(written[0]))
 
 
-@pytest.mark.parametrize("name", ["MERGE_HEAD", "logs/refs/stash", "index", "MERGE_MSG"])
-def test_a_fifo_in_the_place_of_a_file_keeps_nobody_waiting(memdir: Path, scratch: Path, name: str) -> None:
-    (memdir / "first.md").write_text("stashed\n")
-    run_git(memdir, "stash", "--quiet")
-    path = memdir / ".git" / name
-    path.unlink(missing_ok=True)
-    os.mkfifo(path)
-    with opened(memdir) as repository:
-        repository.write_bundle(repository.reading(), scratch)
-
-
-@pytest.mark.parametrize("name", [".", "HEAD", "shallow", "packed-refs", "objects/info/alternates"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(".", "HEAD", "shallow", "packed-refs", "objects/info/alternates"),
+        *("objects/pack/x.idx", "objects/ab/cdef", "refs/heads/x"),
+        *("MERGE_HEAD", "MERGE_MSG", "logs/refs/stash", "index"),
+    ],
+)
 def test_a_fifo_that_libgit2_would_wait_for_is_refused(memdir: Path, name: str) -> None:
     path = memdir / ".git" / name
     if name == ".":
         path.rename(memdir / "git")
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     os.mkfifo(path)
-    with pytest.raises(RepositoryUnreadable, match="neither a file nor a directory"), opened(memdir):
+    with pytest.raises(RepositoryUnreadable, match="is a FIFO"), opened(memdir):
+        pass
+
+
+def test_a_fifo_that_the_configuration_includes_is_refused(memdir: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    run_git(memdir, "config", "include.path", str(tmp_path / "fifo"))
+    with pytest.raises(RepositoryUnreadable, match="is a FIFO"), opened(memdir):
         pass
 
 
@@ -464,6 +468,14 @@ def test_gitmodules_of_any_shape_are_read_in_no_time() -> None:
         ("ssh://git:secret@example.net/a.git", "ssh://example.net/a.git"),
         ("helper::https://u:p@example.net/a", "helper::https://example.net/a"),
         ("git@example.net:a.git", "git@example.net:a.git"),
+        ("u:tok@example.net:a.git", "example.net:a.git"),
+        ("//u:tok@example.net/a.git", "//example.net/a.git"),
+        ("https://u:t ok@example.net/a.git", "https://example.net/a.git"),
+        ("https://u:to/k@example.net/a.git", "https://example.net"),
+        ("https://u:to?k@example.net", "https://example.net"),
+        ("https://example.net/a.git;token=1", "https://example.net/a.git"),
+        ("https://[::1]:8443/a.git", "https://[::1]:8443/a.git"),
+        ("ext::sh -c 'curl -H Authorization:tok %S'", "ext::"),
         ("/srv/git/a.git", "/srv/git/a.git"),
         ("caf\udce9\x1b", "caf\\xe9 "),
     ],
