@@ -164,12 +164,21 @@ class Scanner:
         for start in self._starts:
             if all(self._enters(directory, found) for directory in _way_to(start)):
                 self._walk(start, found)
+                self._note_modes(_way_to(start), found)
         self._drop_sidecars(found)
         self._refuse_large(found)
         self._judge_suspects(found)
         self._check_required(found)
         found.fold_small_groups()
         return found
+
+    def _note_modes(self, directories: list[str], found: Scan) -> None:
+        """Of the directories that lead to where a walk starts, and of that one."""
+        for directory in directories:
+            with suppress(OSError):
+                status = os.lstat(self._at(directory))
+                if stat.S_ISDIR(status.st_mode):
+                    found.directories[directory] = stat.S_IMODE(status.st_mode)
 
     def _walk(self, start: str, found: Scan) -> None:
         pending = [start]
