@@ -33,6 +33,7 @@ from daemon.model import AgentSpec, Failure, GitFacts
 
 _MOST_HOT_FILES = 100
 _MOST_HOT_DIRECTORIES = 50
+_MOST_LISTED = 500
 _BURNING_NS = 2_000_000_000
 _MOST_BURNING_FILES = 16
 _BURNING_BYTES = 64 << 10
@@ -410,7 +411,11 @@ class OpenSources:
             if signature.ctime_ns > now_ns - RECENT_NS
         ]
         self._look_for_maps({path: candidates[path] for _, path in lately})
-        moved_lately = [(self.scan.marks[path].ctime_ns, path) for path in self.scan.listings]
+        moved_lately = [
+            (self.scan.marks[path].ctime_ns, path)
+            for path, listing in self.scan.listings.items()
+            if len(listing) <= _MOST_LISTED  # the window is no place for more
+        ]
         self._hot_directories = [path for _, path in nlargest(_MOST_HOT_DIRECTORIES, moved_lately)]
         hottest = nlargest(_MOST_HOT_FILES, lately)
         self._hot_logs = [path for _, path in hottest if is_append_only(path)]
