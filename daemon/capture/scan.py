@@ -137,6 +137,8 @@ class Scanner:
         self._exclude = Patterns(spec.exclude, anywhere=True)
         # Whoever writes `Credentials.json` means the same.
         self._secrets = Patterns(spec.secrets, anywhere=True, ignore_case=True)
+        # Both at once, to be done with most files: what it takes for left out may not be.
+        self._perhaps_left_out = Patterns((*spec.exclude, *spec.secrets), anywhere=True, ignore_case=True)
         directories = directories_of((*spec.include, *spec.sqlite))
         self._reach = Patterns(directories, anywhere=False)
         self._expected = frozenset(path for path in directories if not has_wildcard(path))
@@ -196,7 +198,8 @@ class Scanner:
                             listing.add((entry.name, "directory"))
                     elif self._wanted(path, found):
                         self._classify(path, entry.stat(follow_symlinks=False), found)
-                        listing.update(self._listed(entry, path))
+                        if directory in found.listings:
+                            listing.update(self._listed(entry, path))
                 except FileNotFoundError:
                     continue  # gone between listing and looking: the next reading decides
                 except OSError as exc:  # a directory may be open to be listed and not to be entered
@@ -317,10 +320,11 @@ class Scanner:
         is_taken = self._is_included(path) or self._is_in_the_way(path)
         if not is_taken and not self._spec.walk_all:
             return False
-        if (pattern := self._secrets.matching(path)) is not None:
-            return SECRET, pattern
-        if (pattern := self._exclude.matching(path)) is not None:
-            return EXCLUDED, pattern
+        if self._perhaps_left_out.matching(path) is not None:
+            if (pattern := self._secrets.matching(path)) is not None:
+                return SECRET, pattern
+            if (pattern := self._exclude.matching(path)) is not None:
+                return EXCLUDED, pattern
         top, slash, _ = path.partition("/")
         return True if is_taken else (OUTSIDE, top + slash)
 
