@@ -16,8 +16,9 @@ from daemon.capture import state
 from daemon.capture.copies import DatabaseCopies
 from daemon.capture.files import StagedFile, Staging, signatures, whole_lines_bytes
 from daemon.capture.git import RepositoryUnreadable
+from daemon.capture.secret_tables import tables_in_raw_bytes
 from daemon.capture.sources import GIT, OpenSources
-from daemon.capture.sqlite import open_copy, tables_in_raw_bytes
+from daemon.capture.sqlite import open_copy
 from daemon.model import (
     AgentSpec,
     ArtifactKind,

@@ -12,13 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from daemon.capture.sqlite import (
-    DatabaseUnreadable,
-    PinExpired,
-    PinnedDatabase,
-    check_copy,
-    empty_tables,
-)
+from daemon.capture.secret_tables import empty_tables
+from daemon.capture.sqlite import DatabaseUnreadable, PinExpired, PinnedDatabase, check_copy
 
 
 @dataclass(frozen=True, slots=True)

@@ -284,22 +284,33 @@ def wait_until(condition: Callable[[], bool], what: str, *, limit_seconds: float
 
 
 @contextmanager
-def restless(root: Path) -> Iterator[None]:
-    """An agent that writes all the time, so that every snapshot of it is needed."""
+def busy(work: Callable[[int], None], *, pause_seconds: float = 0.002) -> Iterator[None]:
+    """Does `work` with 1, 2, 3, ... without end, on a thread."""
     stopping = threading.Event()
 
-    def write() -> None:
-        while not stopping.wait(_POLL_SECONDS):
-            with (root / "thoughts.jsonl").open("a") as stream:
-                stream.write('{"thought": "on it goes"}\n')
+    def run() -> None:
+        generation = 0
+        while not stopping.wait(pause_seconds):
+            generation += 1
+            work(generation)
 
-    thread = threading.Thread(target=write)
+    thread = threading.Thread(target=run)
     thread.start()
     try:
         yield
     finally:
         stopping.set()
         thread.join()
+
+
+def restless(root: Path) -> AbstractContextManager[None]:
+    """An agent that writes all the time, so that every snapshot of it is needed."""
+
+    def write(number: int) -> None:
+        with (root / "thoughts.jsonl").open("a") as stream:
+            stream.write(f'{{"thought": {number}}}\n')
+
+    return busy(write, pause_seconds=_POLL_SECONDS)
 
 
 def freeze_when(running: Running, condition: Callable[[], bool], what: str) -> bool:

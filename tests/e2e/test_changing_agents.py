@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import sqlite3
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.e2e.commands import Host, files_below, frozen, quoted
+from tests.e2e.commands import Host, busy, files_below, frozen, quoted
 
 FILES = 400  # so that staging takes long enough to be met in the middle
 
@@ -156,26 +155,6 @@ def small_root(host: Host) -> Path:
     make_database(root / "memory.sqlite", "first")
     host.configure({"ana": f"root = {quoted(root)}"})
     return root
-
-
-@contextmanager
-def busy(work: Callable[[int], None]) -> Iterator[None]:
-    """Does `work` with 1, 2, 3, ... without end, on a thread."""
-    stopping = threading.Event()
-
-    def run() -> None:
-        generation = 0
-        while not stopping.wait(0.002):
-            generation += 1
-            work(generation)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        yield
-    finally:
-        stopping.set()
-        thread.join()
 
 
 def test_files_that_are_replaced_all_the_time_are_never_torn_and_never_out_of_order(

@@ -13,13 +13,12 @@ from pathlib import Path
 import pytest
 
 from daemon.capture.copies import CopyOptions, DatabaseCopies
+from daemon.capture.secret_tables import empty_tables, tables_in_raw_bytes
 from daemon.capture.sqlite import (
     DatabaseUnreadable,
     PinnedDatabase,
     check_copy,
-    empty_tables,
     open_database,
-    tables_in_raw_bytes,
 )
 from tests.unit.test_capture import digests, dump_of, files_not_larger_than, run_sql
 
