@@ -11,7 +11,7 @@ WORKERS ?= 2
 .PHONY: help install demo test lint types unit soak bench lock clean
 
 help:
-	@echo "make demo   a sample agent, a real S3 server, a lost host, a recovery: two minutes"
+	@echo "make demo   a sample agent, a real S3 server, a lost host, a recovery: under a minute"
 	@echo "make test   everything that has to hold: lint, types, imports, all tests"
 	@echo "make soak   200 snapshots of each kind of busy agent, each proven one instant: two minutes"
 	@echo "make bench  peak memory and times with a 700 MB agent"

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from daemon.capture.cut import with_memdir
 from daemon.capture.git import LiveRepository, RepositoryUnreadable
-from daemon.capture.scan import Scanner
+from daemon.capture.scan import LINK_OUT
 from daemon.capture.sqlite import DatabaseUnreadable, HotJournal, LiveDatabase
 from daemon.destinations import Destination
 from daemon.errors import AgentkeepError, ExitCode
 from daemon.model import AgentSpec, Failure
+from daemon.plan import DATABASE, plan_snapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,20 +65,27 @@ def _check_agent(spec: AgentSpec, missing: list[str]) -> list[Finding]:
     subject = f"agent {spec.agent_id}"
     if missing:
         return [Finding(subject, "failure", complaint, "mend the path") for complaint in missing]
-    spec = with_memdir(spec)
-    scan = Scanner(spec).scan()
-    problems = [*scan.failures.values(), *scan.suspects.values()]
-    problems += filter(None, (_try_database(spec.root / path) for path in scan.databases))
-    has_repository = spec.memdir is not None and (spec.memdir / ".git").exists()
-    problems += filter(None, [_try_repository(spec.memdir)] if has_repository else [])
+    plan = plan_snapshot(spec)
+    problems = list(plan.failures)
+    problems += filter(None, (_try_database(spec.root / entry.path) for entry in plan.databases))
+    problems += filter(None, [_try_repository(plan.spec.memdir)] if plan.has_repository else [])
+    outward = [
+        Finding(
+            subject, "warning", f"{path} is a link: {left.reason}", "copy what it leads to into the agent"
+        )
+        for left in plan.left_out
+        if (left.reason, left.pattern) == LINK_OUT
+        for path in left.examples
+    ]
     if problems:
-        return [
+        return outward + [
             Finding(subject, "failure", f"{failure.source}: {failure.reason}", failure.hint, ExitCode.PARTIAL)
-            for failure in problems
+            for failure in {failure.source: failure for failure in problems}.values()
         ]
-    repository = f", git in {spec.memdir}" if has_repository else ""
-    counts = f"{len(scan.databases)} databases, {len(scan.files)} files{repository}"
-    return [Finding(subject, "ok", f"{spec.root}: {counts}")]
+    repository = f", git in {plan.spec.memdir}" if plan.has_repository else ""
+    files = sum(total.count for kind, total in plan.totals.items() if kind != DATABASE)
+    counts = f"{len(plan.databases)} databases, {files} files{repository}"
+    return [Finding(subject, "ok", f"{spec.root}: {counts}"), *outward]
 
 
 def _try_database(path: Path) -> Failure | None:

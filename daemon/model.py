@@ -247,6 +247,14 @@ def is_safe_member_name(name: str) -> bool:
     return not any(part in ("", ".", "..") for part in path.split("/"))
 
 
+def stays_inside(place: str, target: str) -> bool:
+    """Whether a symlink at `place` (relative to a tree) with this target stays within the tree."""
+    if target.startswith("/") or not target:
+        return False
+    resolved = os.path.normpath(os.path.join(os.path.dirname(place), target))  # noqa: PTH118, PTH120
+    return resolved != ".." and not resolved.startswith("../")
+
+
 def encode_bytes(path: str) -> str:
     """A symlink's target (any bytes) as text for JSON."""
     return base64.b64encode(os.fsencode(path)).decode()

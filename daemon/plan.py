@@ -7,6 +7,8 @@ database and no repository is opened, no command is run; what only shows then is
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from heapq import nlargest
 from operator import attrgetter
@@ -131,6 +133,31 @@ def _left_out(found: Scan) -> tuple[LeftOut, ...]:
     )
 
 
+def _unreadable(spec: AgentSpec, entries: list[Entry]) -> Iterator[Failure]:
+    for entry in entries:
+        path = spec.root / entry.path
+        if not os.access(path, os.R_OK) and os.path.lexists(path):
+            yield Failure(
+                source=str(path),
+                reason="cannot be read: Permission denied",
+                hint="run agentkeep as the user who owns the agent's files, or exclude this one",
+            )
+
+
+def _unknown_programs(spec: AgentSpec) -> Iterator[Failure]:
+    commands = {"before": spec.before, "after": spec.after}
+    commands |= {f"state {source.name}": source.command for source in spec.states}
+    for name, command in commands.items():
+        # As it is found when it runs: relative to the root, if its name has a slash.
+        program = command[0] if command and "/" not in command[0] else str(spec.root / (command or [""])[0])
+        if command and shutil.which(program) is None:
+            yield Failure(
+                source=f"command {name!r}",
+                reason=f"{command[0]} is no program that could be started",
+                hint="mend it in the configuration, or install the program",
+            )
+
+
 def _further(spec: AgentSpec, entries: list[Entry]) -> list[Failure]:
     """What a snapshot would name besides what a scan does."""
     missing = [
@@ -142,6 +169,7 @@ def _further(spec: AgentSpec, entries: list[Entry]) -> list[Failure]:
         for source in spec.states
         if (path := source.file or source.sqlite) and not source.optional and not os.path.lexists(path)
     ]
+    missing += [*_unreadable(spec, entries), *_unknown_programs(spec)]
     size_bytes = sum(entry.size_bytes for entry in entries)
     if spec.max_agent_bytes is None or size_bytes <= spec.max_agent_bytes:
         return missing

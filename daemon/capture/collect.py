@@ -262,7 +262,10 @@ class _Collector:
             if copy is not None:
                 with closing(open_copy(copy.file)) as connection:
                     return state.query_rows(connection, source.query, agent_id=self._spec.agent_id)
-            missing = state.StateUnreadable("its database cannot be opened")
+            is_there = os.path.lexists(source.sqlite)
+            missing = state.StateUnreadable(
+                "its database cannot be opened" if is_there else "its database is not there"
+            )
             return _or_raise(self._sources.rows.get(source.name, missing))
         return _or_raise(self._sources.command_values[source.name])
 

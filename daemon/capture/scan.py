@@ -23,7 +23,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from daemon.capture.patterns import Patterns, directories_of
-from daemon.model import AgentSpec, Excluded, Failure, fixed_head, has_wildcard, presentable
+from daemon.model import (
+    AgentSpec,
+    Excluded,
+    Failure,
+    fixed_head,
+    has_wildcard,
+    presentable,
+    stays_inside,
+)
 
 SQLITE_MAGIC = b"SQLite format 3\x00"
 RECENT_NS = 60_000_000_000
@@ -34,6 +42,7 @@ _SMALLEST_PAGE_BYTES = 512
 SECRET = "looks like a secret"  # noqa: S105  a reason, not a secret
 EXCLUDED = "excluded by pattern"
 OUTSIDE = "not part of the profile"
+LINK_OUT = "what it leads to lies outside of the agent and is not captured", "symbolic link"
 _SIDECAR = "SQLite sidecar, read through its database"
 _OTHERS = "(other entries)"
 _MOST_GROUPS = 20
@@ -341,11 +350,13 @@ class Scanner:
     def _classify(self, path: str, status: os.stat_result, found: Scan) -> None:
         if stat.S_ISLNK(status.st_mode):
             try:
-                found.symlinks[path] = os.readlink(self._spec.root / path)  # noqa: PTH115  exact bytes
+                found.symlinks[path] = target = os.readlink(self._at(path))  # noqa: PTH115  exact bytes
             except FileNotFoundError:
                 return
             if not self._is_included(path) and os.path.isdir(self._at(path)):  # noqa: PTH112
                 found.failures[path] = _not_followed(self._at(path))
+            elif not stays_inside(path, target):
+                found.leave_out(LINK_OUT, path)
         elif not stat.S_ISREG(status.st_mode):
             found.leave_out(("neither file nor directory", _type_name(status.st_mode)), path)
         else:

@@ -478,7 +478,7 @@ class OpenSources:
         return [
             self.path_of(source.sqlite)
             for source in self.spec.states
-            if source.sqlite is not None and not (source.optional and not os.path.lexists(source.sqlite))
+            if source.sqlite is not None and os.path.lexists(source.sqlite)
         ]
 
     def _state_files(self) -> dict[str, Signature]:

@@ -360,7 +360,7 @@ def print_restored(report: RestoreReport) -> None:
     for problem in report.unsound:
         console.print(Text("  damaged when it was captured: ", style="bold red") + _text(problem))
     for name in report.not_put_back[:_MOST_NAMES]:
-        console.print(_text(f"  has no place of its own and was not put back: {name}"))
+        console.print(_text(f"  not put back: {name}"))
     if len(report.not_put_back) > _MOST_NAMES:
         console.print(f"  and {len(report.not_put_back) - _MOST_NAMES} more; --json names them all")
 

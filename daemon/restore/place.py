@@ -28,6 +28,8 @@ from daemon.model import (
     from_member_name,
     is_safe_member_name,
     mtime_ns_of,
+    presentable,
+    stays_inside,
 )
 from daemon.restore.git import rebuild_repository
 from daemon.restore.unpack import Progress, member_path, unpack
@@ -286,11 +288,14 @@ def _make_symlinks(manifest: Manifest, tree: Path, layout: Layout) -> list[str]:
     """Last, so that nothing is ever written through one. Only relative ones that stay inside are made; the
     others, to be told of."""
     left = []
+    as_captured = AgentLayout(manifest)
     for symlink in manifest.symlinks:
-        place = _place_of(symlink.path, layout)
+        place, origin = _place_of(symlink.path, layout), _place_of(symlink.path, as_captured)
         target = _target_of(symlink)
-        if place is None or not stays_inside(place, target):
-            left.append(f"{symlink.path} (a symlink that leads out, to {os.fsencode(target)!r})")
+        # What led out of the agent leads nowhere in a directory of rooms, or to something else.
+        leads_out = any(path is None or not stays_inside(path, target) for path in (place, origin))
+        if place is None or leads_out:
+            left.append(_led_out(symlink, target))
             continue
         link = tree / place
         try:
@@ -303,8 +308,12 @@ def _make_symlinks(manifest: Manifest, tree: Path, layout: Layout) -> list[str]:
         link.symlink_to(target)
         if not _real(link).is_relative_to(_real(tree)):  # by way of another link
             link.unlink()
-            left.append(f"{symlink.path} (a symlink that leads out, to {os.fsencode(target)!r})")
+            left.append(_led_out(symlink, target))
     return left
+
+
+def _led_out(symlink: Symlink, target: str) -> str:
+    return f"{symlink.path} (a symlink that leads out of the agent, to {presentable(target)})"
 
 
 def _real(path: Path) -> Path:
@@ -379,14 +388,6 @@ def _makes_git_run_things(place: str) -> bool:
         return False
     inner = parts[parts.index(".git") + 1 :]
     return "hooks" in inner or inner[-1:] in (["config"], ["config.worktree"])
-
-
-def stays_inside(place: str, target: str) -> bool:
-    """Whether a symlink at `place` (relative to the tree) with this target stays within the tree."""
-    if target.startswith("/") or not target:
-        return False
-    resolved = os.path.normpath(os.path.join(os.path.dirname(place), target))  # noqa: PTH118, PTH120
-    return resolved != ".." and not resolved.startswith("../")
 
 
 def _put_in_place(tree: Path, target: Path) -> None:

@@ -232,7 +232,7 @@ def test_a_restore_says_what_was_not_put_back(capsys: pytest.CaptureFixture[str]
         "1 artifacts, 7 B, every one verified",
         "the snapshot is incomplete",
         "y.sqlite: is corrupt",
-        "was not put back: state/run.json",
+        "not put back: state/run.json",
     ):
         assert expected in shown
 

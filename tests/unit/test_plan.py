@@ -113,3 +113,11 @@ def test_there_is_no_plan_for_an_agent_that_is_not_there(tmp_path: Path) -> None
         plan_of(tmp_path / "nobody")
     assert "is not there" in str(caught.value)
     assert caught.value.hint
+
+
+def test_programs_that_are_not_there_and_links_that_lead_out_are_named(root: Path) -> None:
+    (root / "out").symlink_to("/etc/hostname")
+    plan = plan_of(root, before=["no-such-program"], state={"clock": {"command": ["/nowhere/clock"]}})
+    assert {failure.source for failure in plan.failures} == {"command 'before'", "command 'state clock'"}
+    (outward,) = [left for left in plan.left_out if left.pattern == "symbolic link"]
+    assert (outward.count, outward.examples) == (1, ("out",))

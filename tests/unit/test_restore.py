@@ -730,3 +730,13 @@ def test_the_tools_find_nothing_wrong_with_what_was_restored(tmp_path: Path, tar
                 ["sqlite3", path, "PRAGMA integrity_check"], capture_output=True, check=True
             )
             assert said.stdout == b"ok\n"
+
+
+def test_a_link_that_led_out_of_the_agent_is_named_in_a_directory_of_rooms_too(tmp_path: Path) -> None:
+    """There the agent's root is one level deeper, and `..` would lead to another room."""
+    bundle = bundle_of(
+        tmp_path, NOTE, symlinks=(link("files/out", "../elsewhere"), link("files/in", "note.md"))
+    )
+    report = restore_to_directory(bundle, tmp_path / "out")
+    assert report.not_put_back == ("files/out (a symlink that leads out of the agent, to ../elsewhere)",)
+    assert [path.name for path in (tmp_path / "out/files").iterdir() if path.is_symlink()] == ["in"]

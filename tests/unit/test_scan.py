@@ -14,7 +14,7 @@ from config.agents import agent_spec
 from config.settings import AgentSettings
 from daemon.capture import scan
 from daemon.capture.patterns import Patterns
-from daemon.capture.scan import EXCLUDED, OUTSIDE, SECRET, Scan, Scanner, open_quietly
+from daemon.capture.scan import EXCLUDED, LINK_OUT, OUTSIDE, SECRET, Scan, Scanner, open_quietly
 from daemon.model import AgentSpec, StateSource
 
 
@@ -203,7 +203,7 @@ def test_a_link_in_place_of_a_directory_of_the_profile_is_a_failure(root: Path, 
     assert found.symlinks.keys() == {"workspace", "skills/linked", "gone"}
     assert found.failures.keys() == {"workspace"}
     assert "symbolic link" in found.failures["workspace"].reason
-    assert reasons(found) == {(OUTSIDE, "unknown"): 1}
+    assert reasons(found) == {(OUTSIDE, "unknown"): 1, LINK_OUT: 2}
 
 
 def test_a_link_that_is_excluded_is_no_failure(root: Path, tmp_path: Path) -> None:
@@ -439,6 +439,7 @@ def test_the_generic_profile_leaves_out_what_an_agent_does_not_know(root: Path) 
         "keys/server.pem",
         "id_ed25519",
         ".netrc",
+        "repo/.git/config",
     ]
     kept = [
         "note.md",
@@ -446,7 +447,7 @@ def test_the_generic_profile_leaves_out_what_an_agent_does_not_know(root: Path) 
         "keys/about.md",
         "sub/cache.md",
         ".config/agent.toml",
-        "repo/.git/config",
+        "repo/.git/HEAD",
     ]
     write(root, *left_out, *secrets, *kept)
     found = Scanner(agent_spec("ana", AgentSettings(root=root))).scan()

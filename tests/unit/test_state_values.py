@@ -356,3 +356,14 @@ def test_a_planted_program_in_the_root_is_not_taken_for_the_one_of_the_configura
     report = restored(bundle, root, printing("run", "echo", "1", restore_command=("true",)))
     assert report.not_put_back == ()
     assert not (root / "made").exists()
+
+
+def test_a_database_that_was_never_there_is_said_to_be_missing_and_costs_no_instant(
+    root: Path, tmp_path: Path
+) -> None:
+    source = StateSource("h", sqlite=root / "nope.sqlite", query="SELECT 1")
+    (tmp_path / "scratch").mkdir()
+    capture = take_cut(spec_of(root, source), tmp_path / "scratch")
+    assert (capture.consistency.level, capture.consistency.attempts) == ("point_in_time", 1)
+    (failure,) = capture.failures
+    assert "not there" in failure.reason
