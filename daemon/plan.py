@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from heapq import nlargest
 from operator import attrgetter
 
-from daemon.capture.cut import with_memdir
+from daemon.capture.cut import require_root, with_memdir
 from daemon.capture.scan import Scan, Scanner, spec_path
-from daemon.errors import AgentNotFound
 from daemon.model import AgentSpec, Failure, StateSource
 
 DATABASE, MEMORY_FILE, FILE = "database", "memory file", "file"
@@ -79,11 +78,7 @@ class Plan:
 
 def plan_snapshot(spec: AgentSpec) -> Plan:
     """Raises AgentNotFound if there is nothing where the agent should live."""
-    if not os.path.isdir(spec.root):  # noqa: PTH112  False also where we may not look
-        raise AgentNotFound(
-            f"agent {spec.agent_id!r} is not there: {spec.root} is no directory, or not for this user",
-            hint="mend `root` in the configuration, or bring the agent back with `agentkeep restore`",
-        )
+    require_root(spec)
     spec = with_memdir(spec)
     found = Scanner(spec).scan()
     entries = _entries(spec, found)

@@ -69,11 +69,7 @@ def take_cut_unless(
     RefusedError (larger than `spec` allows) and OSError (our own side: scratch is full). Whatever cannot be
     captured is in the result's `failures`, its raw bytes among the artifacts where they can be read.
     """
-    if not os.path.isdir(spec.root):  # noqa: PTH112  that of a Path raises where this user may not look
-        raise AgentNotFound(
-            f"agent {spec.agent_id!r} is not there: {spec.root} is no directory, or not for this user",
-            hint="mend `root` in the configuration, or bring the agent back with `agentkeep restore`",
-        )
+    require_root(spec)
     options = options or CutOptions()
     spec = with_memdir(spec)
     staged, copied = scratch / "staged", scratch / "sqlite"
@@ -105,6 +101,15 @@ def take_cut_unless(
             " `require_point_in_time`",
         )
     return capture
+
+
+def require_root(spec: AgentSpec) -> None:
+    """Raises AgentNotFound if there is nothing where the agent should live."""
+    if not os.path.isdir(spec.root):  # noqa: PTH112  that of a Path raises where this user may not look
+        raise AgentNotFound(
+            f"agent {spec.agent_id!r} is not there: {spec.root} is no directory, or not for this user",
+            hint="mend `root` in the configuration, or bring the agent back with `agentkeep restore`",
+        )
 
 
 def with_memdir(spec: AgentSpec) -> AgentSpec:
