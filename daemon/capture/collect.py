@@ -222,7 +222,7 @@ class _Collector:
         return f"files/{to_member_name(path)}", ArtifactKind.FILE
 
     def _collect_state(self, source: StateSource) -> None:
-        """A state value: its staged copy, the rows that a pinned connection sees, what a command printed."""
+        """A state value: its staged copy, the rows of a database as of the cut, what a command printed."""
         home = source.file or source.sqlite
         staged = self._sources.staging.files.get(self._sources.path_of(source.file)) if source.file else None
         if source.optional and home is not None and not os.path.lexists(home):

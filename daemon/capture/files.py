@@ -134,7 +134,10 @@ class Staging:
             if exc.errno in _OUR_SIDE:
                 raise
             return False
-        self.files[path] = StagedFile(staged.copy, signature, staged.staged_at_ns)
+        if is_whole:
+            self.files[path] = StagedFile(staged.copy, signature, staged.staged_at_ns)
+        else:  # truncated under us: nothing may be built on this copy
+            self._drop(path)
         return is_whole
 
     def settle(self, paths: Iterable[str]) -> None:

@@ -41,6 +41,8 @@ class Frozen:
         if not self._is_frozen:
             return
         self._is_frozen = False
+        if not self._spec.after:
+            return
         # On a thread of its own: what a signal raises, it raises in the main thread.
         running = Thread(target=self._run, args=("after", self._spec.after))
         interruption: BaseException | None = None
@@ -58,7 +60,7 @@ class Frozen:
             return
         try:
             run_command(argv, directory=self._spec.root, timeout_seconds=self._spec.command_timeout_seconds)
-        except CommandFailed as exc:
+        except (CommandFailed, OSError) as exc:  # without room for a temporary file nothing was run
             hint = f"run it by hand, and mend `{name}` of agent {self._spec.agent_id!r} in the configuration"
             if name == "after":
                 hint = f"the agent may still hold still: look at once; then {hint}"

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from heapq import nlargest
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from daemon.capture import state
 from daemon.capture.files import Staging, is_append_only, is_fresh, signatures
@@ -103,6 +103,7 @@ class OpenSources:
         self._burning: set[str] = set()
         self._hot_logs: list[str] = []
         self._hot_directories: list[str] = []
+        self._gone: dict[str, Signature] = {}
         self._held = Moment({}, None, {}, {}, frozenset())
         self.repository = self._open_repository()
 
@@ -167,7 +168,9 @@ class OpenSources:
         return now, moved | (set(self._hot_logs) - now.keys())
 
     def read_outside_rows(self) -> None:
-        """State values in databases that are not copied: read from their pins, which are let go at once."""
+        """State values in databases that are not copied: read from their pins, which are let go at once. What
+        an earlier attempt read is of another moment, and forgotten."""
+        self.rows.clear()
         deadline = time.monotonic() + state.MAX_QUERY_SECONDS  # all of them: a writer may be waiting
         copied = self.scan.databases.keys()
         for source in self.spec.states:
@@ -212,7 +215,9 @@ class OpenSources:
             for path, signature in now.items()
             if path not in judged and not self.staging.is_current(path, signature)
         }
-        moved |= before.files.keys() - self.scan.files.keys()
+        gone = before.files.keys() - self.scan.files.keys()
+        self._gone = {path: before.files[path] for path in gone}
+        moved |= gone
         moved |= before.databases.keys() ^ self.scan.databases.keys()
         moved |= self._unopened()
         moved |= _unequal(before.symlinks, self.scan.symlinks)
@@ -241,6 +246,16 @@ class OpenSources:
         self.staging.update(signatures(self.spec.root, logs))
         unstaged = logs - self.staging.files.keys()
         self.staging.settle(sorted(moved_files - logs | unstaged))
+        # The last look may have missed what is renamed to and fro: rather kept twice than never.
+        self.scan.files |= {p: old for p, old in self._gone.items() if self._may_be_kept(p, old)}
+
+    def _may_be_kept(self, path: str, signature: Signature) -> bool:
+        """Whether there is a sound copy of a file that is gone, and nothing else is in its place now."""
+        now = self.scan
+        leaves = now.files.keys() | now.databases.keys() | now.symlinks.keys() | now.suspects.keys()
+        above = {str(parent) for parent in PurePosixPath(path).parents}
+        is_free = path not in leaves and path not in now.directories and not above & leaves
+        return is_free and self.staging.is_current(path, signature)
 
     def pin(self) -> set[str]:
         """Pin every database; the names of those whose writer is in the way."""

@@ -877,6 +877,45 @@ def test_a_clock_that_went_back_does_not_cost_the_instant(
     assert captured(root).consistency.level == "point_in_time"
 
 
+def test_a_file_that_the_last_look_misses_is_kept_as_it_was_seen(still: OpenSources, root: Path) -> None:
+    """Renamed to and fro all the time, it is always there, and a look may find it in neither place."""
+    moved = moved_in_an_attempt(still, lambda: (root / "000.md").unlink())
+    assert "000.md" in moved
+    assert "000.md" not in still.scan.files
+    still.settle(moved)
+    assert "000.md" in still.scan.files
+    assert still.staging.files["000.md"].copy.read_bytes() == b"a note"
+
+
+def test_a_file_that_made_room_for_a_directory_is_not_kept(still: OpenSources, root: Path) -> None:
+    def make_room() -> None:
+        (root / "000.md").unlink()
+        (root / "000.md").mkdir()
+        (root / "000.md/inside.md").write_bytes(b"another")
+
+    moved = moved_in_an_attempt(still, make_room)
+    still.settle(moved)
+    assert "000.md" not in still.scan.files
+    assert "000.md/inside.md" in still.scan.files
+
+
+def test_a_state_value_that_an_earlier_attempt_read_is_not_taken_for_this_ones(
+    root: Path, tmp_path: Path
+) -> None:
+    outside = tmp_path / "outside.sqlite"
+    run_sql(outside, "PRAGMA journal_mode = DELETE", "CREATE TABLE t (n)", "INSERT INTO t VALUES (1)")
+    source = StateSource("n", sqlite=outside, query="SELECT n FROM t")
+    (tmp_path / "scratch").mkdir()
+    with ExitStack() as stack:
+        sources = OpenSources(spec_of(root, states=(source,)), tmp_path / "scratch", stack)
+        assert moved_in_an_attempt(sources, lambda: None) == set()
+        assert json.loads(sources.rows["n"]) == [{"n": 1}]  # type: ignore[arg-type]
+        with closing(sqlite3.connect(outside, isolation_level=None)) as writer:
+            writer.execute("BEGIN EXCLUSIVE")
+            assert str(outside) in moved_in_an_attempt(sources, lambda: None)
+            assert sources.rows == {}
+
+
 # --- our own side -----------------------------------------------------------------------------------------
 
 

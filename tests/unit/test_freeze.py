@@ -6,6 +6,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,15 @@ def test_one_that_takes_too_long_is_ended_and_named(root: Path, told: Path) -> N
 
 
 @pytest.mark.usefixtures("a_note")
+def test_one_that_could_not_even_be_tried_is_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No room for the file that takes its output."""
+    (root / "note.md").write_bytes(b"a note")
+    monkeypatch.setattr(tempfile, "tempdir", str(root / "nowhere"))
+    capture = cut(root, after=("true",))
+    assert [failure.source for failure in capture.failures] == ["command 'after'"]
+    assert not capture.is_complete
+
+
 def test_what_they_say_is_in_no_record(root: Path, capfd: pytest.CaptureFixture[str]) -> None:
     say = ("sh", "-c", "echo hunter2; echo hunter2 >&2; exit 1", "hunter2")
     capture = cut(root, before=say, after=say)
